@@ -1,0 +1,36 @@
+# Every target does its own set-up; ARGS is passed on, as in `make drill ARGS="--fs xfs --at 0.3"`.
+BIN := build/venv/bin
+ARGS ?=
+
+.PHONY: drill test check setup venv bench lock clean
+
+drill: setup
+	$(BIN)/landfall drill $(ARGS)
+
+test: setup
+	$(BIN)/python -m pytest tests/unit tests/storage tests/lab tests/faults $(ARGS)
+
+check: venv
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench:
+	@bash packaging/setup.sh --bench
+	$(BIN)/python -m tests.bench $(ARGS)
+
+setup:
+	@bash packaging/setup.sh
+
+venv:
+	@bash packaging/setup.sh --venv-only
+
+# Needs pip-tools (not part of the environment: it is wanted once a year). The switches keep machine settings out of the file.
+lock:
+	pip-compile --quiet --generate-hashes --allow-unsafe --strip-extras --no-header --no-emit-options --no-emit-index-url \
+	    --no-emit-find-links --no-emit-trusted-host --extra dev -o requirements.txt pyproject.toml
+
+clean:
+	@if [ -x $(BIN)/landfall ] && [ "$$(id -u)" = 0 ]; then $(BIN)/landfall lab down; fi
+	rm -rf build *.egg-info
