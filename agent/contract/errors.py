@@ -1,0 +1,275 @@
+"""The errors Landfall raises: one class for each thing an operator can act on.
+
+A class is its code, exit code, retry class and documentation; ``landfall explain CODE`` prints the docstring. Instances
+carry the sentence for this occasion, its cause and its fix. Errors cross the control plane as ``to_wire`` documents and
+come back as the same class.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import ClassVar
+
+
+class Retry(StrEnum):
+    """What a caller may do about an error; the class of an error alone decides a retry."""
+
+    NEVER = "never"
+    RECONNECT = "reconnect"
+    LATER = "later"
+    OPERATOR = "operator"
+
+
+class LandfallError(Exception):
+    """Something went wrong that has no class of its own yet; please report it with the journal of the node."""
+
+    code: ClassVar[str] = "internal"
+    exit_code: ClassVar[int] = 70
+    retry: ClassVar[Retry] = Retry.OPERATOR
+    fix: ClassVar[str] = "Look at the node's journal and report this."
+
+    def __init__(self, message: str, *, cause: str = "", fix: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.cause = cause
+        self.fix_now = fix or self.fix
+
+    def __str__(self) -> str:
+        because = f" Cause: {self.cause}." if self.cause else ""
+        return f"[{self.code}] {self.message}{because} Fix: {self.fix_now}"
+
+    def to_wire(self) -> dict[str, str]:
+        """Return the document that carries this error to another node."""
+        return {"code": self.code, "message": self.message, "cause": self.cause, "fix": self.fix_now}
+
+    @staticmethod
+    def from_wire(document: dict[str, str]) -> LandfallError:
+        """Return the error a peer raised; an unknown code (a newer peer) becomes the base class with the code in its message."""
+        texts = {key: str(document.get(key, "")) for key in ("code", "message", "cause", "fix")}
+        known = by_code().get(texts["code"])
+        if known is None:
+            return LandfallError(f"{texts['code']}: {texts['message']}", cause=texts["cause"], fix=texts["fix"])
+        return known(texts["message"], cause=texts["cause"], fix=texts["fix"])
+
+
+class ConfigInvalid(LandfallError):
+    """A configuration file has an unknown key, a wrong type or a value out of range. Nothing was started."""
+
+    code, exit_code, retry, fix = "config-invalid", 20, Retry.OPERATOR, "Correct the named key; `check-config` proves it."
+
+
+class NotRoot(LandfallError):
+    """The command touches devices, mounts or namespaces and must run as root."""
+
+    code, exit_code, retry, fix = "not-root", 21, Retry.OPERATOR, "Run it as root (sudo)."
+
+
+class ProgramMissing(LandfallError):
+    """A program of the operating system that this step needs is not installed."""
+
+    code, exit_code, retry, fix = "program-missing", 22, Retry.OPERATOR, "Install the named package; `make setup` does."
+
+
+class CommandFailed(LandfallError):
+    """A program of the operating system failed or ran past its time limit; argv, exit status and stderr are in the cause."""
+
+    code, exit_code, retry, fix = "command-failed", 23, Retry.LATER, "Read the program's own words in the cause."
+
+
+class DeviceFailed(LandfallError):
+    """Reading or writing a block device failed; errno, path, offset and length are in the cause. Nothing was filled in for it."""
+
+    code, exit_code, retry, fix = "device-failed", 24, Retry.OPERATOR, "Check the disk below the device (dmesg, smartctl)."
+
+
+class DeviceBusy(LandfallError):
+    """The device or image is mounted or open for writing by somebody else; it was not touched."""
+
+    code, exit_code, retry, fix = "device-busy", 25, Retry.LATER, "Unmount it or stop what holds it (lsof, fuser)."
+
+
+class NotOurs(LandfallError):
+    """The device, image, namespace or folder does not carry Landfall's identity, so nothing was done to it."""
+
+    code, exit_code, retry, fix = "not-ours", 26, Retry.OPERATOR, "Name the right one; Landfall never takes over what it did not make."
+
+
+class LayoutUnsupported(LandfallError):
+    """The filesystem has a layout Landfall does not replicate (external log, realtime, encryption, block size other than 4096 ...)."""
+
+    code, exit_code, retry, fix = "layout-unsupported", 27, Retry.NEVER, "Use ext4 (extents) or XFS (v5) with 4096-byte blocks and internal log."
+
+
+class NoSpace(LandfallError):
+    """The pool or the filesystem has no room for this step; what was there before is intact."""
+
+    code, exit_code, retry, fix = "no-space", 28, Retry.OPERATOR, "Grow the pool, or drop generations or a partial transfer."
+
+
+class FreezeFailed(LandfallError):
+    """The filesystem could not be frozen or was thawed before the generation was complete; no generation was made."""
+
+    code, exit_code, retry, fix = "freeze-failed", 29, Retry.LATER, "Try again; if it persists raise the freeze time limit."
+
+
+class NoSuchVolume(LandfallError):
+    """No volume of that name or identity is known here."""
+
+    code, exit_code, retry, fix = "no-such-volume", 30, Retry.OPERATOR, "`landfall volume list` shows what there is."
+
+
+class VolumeExists(LandfallError):
+    """A volume of that name or identity exists already; it was not changed."""
+
+    code, exit_code, retry, fix = "volume-exists", 31, Retry.NEVER, "Choose another name."
+
+
+class NameRefused(LandfallError):
+    """A name has characters that are not allowed; allowed are [A-Za-z0-9_.][A-Za-z0-9_.-]* up to 64 characters."""
+
+    code, exit_code, retry, fix = "name-refused", 32, Retry.NEVER, "Choose a plain name."
+
+
+class NoSuchGeneration(LandfallError):
+    """The generation is not (or no longer) held by this node."""
+
+    code, exit_code, retry, fix = "no-such-generation", 33, Retry.OPERATOR, "Replicate in full, or name a generation that is listed."
+
+
+class BaseMismatch(LandfallError):
+    """NAS 2 does not hold the base of this differential (volume, epoch, counter and id must all agree), or its base was written to."""
+
+    code, exit_code, retry, fix = "base-mismatch", 34, Retry.OPERATOR, "Replicate from a generation both nodes hold, or in full."
+
+
+class NoSuchTransfer(LandfallError):
+    """The transfer is not known here: never begun, committed long ago, or discarded."""
+
+    code, exit_code, retry, fix = "no-such-transfer", 35, Retry.NEVER, "`landfall status` shows open transfers."
+
+
+class TransferBusy(LandfallError):
+    """Another transfer or salvage of this volume is under way."""
+
+    code, exit_code, retry, fix = "transfer-busy", 36, Retry.LATER, "Wait for it, or discard it."
+
+
+class DmiMalformed(LandfallError):
+    """The differential management information is damaged or hostile; it was refused whole and nothing was written."""
+
+    code, exit_code, retry, fix = "dmi-malformed", 37, Retry.NEVER, "Build it again on the source; if it persists the source is not to be trusted."
+
+
+class RecordMalformed(LandfallError):
+    """The arrival record does not belong to this DMI or its header is damaged; pieces it named are fetched again."""
+
+    code, exit_code, retry, fix = "record-malformed", 38, Retry.RECONNECT, "Resume the transfer; if the source is gone, nothing of it can be salvaged."
+
+
+class ProtocolViolated(LandfallError):
+    """The peer sent a frame or message that the protocol does not allow; the connection was closed."""
+
+    code, exit_code, retry, fix = "protocol-violated", 39, Retry.RECONNECT, "Update both nodes to the same release."
+
+
+class VersionUnknown(LandfallError):
+    """A file or a peer has a format or protocol version this release does not know; it was left as it is."""
+
+    code, exit_code, retry, fix = "version-unknown", 40, Retry.OPERATOR, "Update this node, or the peer."
+
+
+class PeerRefused(LandfallError):
+    """The peer could not prove that it is the node this transfer was ordered for (certificate, identity or token)."""
+
+    code, exit_code, retry, fix = "peer-refused", 41, Retry.NEVER, "Start the transfer again from the management node; check the node's identity."
+
+
+class LinkLost(LandfallError):
+    """The connection to the peer broke or went silent past the time limit. What had arrived is kept."""
+
+    code, exit_code, retry, fix = "link-lost", 42, Retry.RECONNECT, "It resumes when the peer is back; if the peer is gone: `landfall salvage`."
+
+
+class NodeUnreachable(LandfallError):
+    """The management node cannot reach a node over SSH."""
+
+    code, exit_code, retry, fix = "node-unreachable", 43, Retry.RECONNECT, "Check the node, its network and its sshd."
+
+
+class HostKeyChanged(LandfallError):
+    """A node shows another SSH host key than the one pinned at enrolment; no connection was made."""
+
+    code, exit_code, retry, fix = "host-key-changed", 44, Retry.OPERATOR, "Find out why; enrol the node again only if the change was yours."
+
+
+class FileNotWhole(LandfallError):
+    """The update instruction designates a file that did not arrive whole by NAS 2's own record; the instruction was refused."""
+
+    code, exit_code, retry, fix = "file-not-whole", 45, Retry.NEVER, "Fetch DMI and arrival record again and determine anew."
+
+
+class SalvageFailed(LandfallError):
+    """Salvage stopped before its result was committed; the base is untouched and the salvage can be run again."""
+
+    code, exit_code, retry, fix = "salvage-failed", 46, Retry.OPERATOR, "Mend the cause and run `landfall salvage` again."
+
+
+class VerifyFailed(LandfallError):
+    """What was written does not read back as what was sent; it was not committed."""
+
+    code, exit_code, retry, fix = "verify-failed", 47, Retry.LATER, "Check the disk of the node; then run it again."
+
+
+class FailpointHit(LandfallError):
+    """A failpoint that a test armed raised here."""
+
+    code, exit_code, retry, fix = "failpoint-hit", 48, Retry.NEVER, "Unset LANDFALL_FAILPOINTS."
+
+
+class LabMissing(LandfallError):
+    """The local lab is not up, or one of its nodes is not running."""
+
+    code, exit_code, retry, fix = "lab-missing", 49, Retry.OPERATOR, "`landfall lab up`, or `landfall lab start NODE`."
+
+
+class KernelLacks(LandfallError):
+    """The kernel has no support for something this step needs (loop devices, XFS, btrfs, network namespaces ...)."""
+
+    code, exit_code, retry, fix = "kernel-lacks", 50, Retry.OPERATOR, "Load the named module (modprobe), or use a machine whose kernel has it."
+
+
+class DrillFailed(LandfallError):
+    """The drill ran, and the independent checker found a file that is falsely recovered, missed, or changed though untouched."""
+
+    code, exit_code, retry, fix = "drill-failed", 51, Retry.NEVER, "Keep the report; it names the files."
+
+
+class NotificationUnhandled(LandfallError):
+    """A reception failure notification waits for the operator's decision (resume or salvage)."""
+
+    code, exit_code, retry, fix = "notification-unhandled", 52, Retry.OPERATOR, "`landfall status`, then `landfall replicate` or `landfall salvage`."
+
+
+class RequestRefused(LandfallError):
+    """A request had an unknown verb, a missing or extra field, or a value of the wrong type."""
+
+    code, exit_code, retry, fix = "request-refused", 53, Retry.NEVER, "Update the management node and the agents to the same release."
+
+
+def by_code() -> dict[str, type[LandfallError]]:
+    """Return every error class by its code."""
+
+    def below(cls: type[LandfallError]) -> list[type[LandfallError]]:
+        return [cls, *(found for child in cls.__subclasses__() for found in below(child))]
+
+    return {cls.code: cls for cls in below(LandfallError)}
+
+
+def explain(code: str) -> str | None:
+    """Return the long text for an error code, None for a code that is not ours."""
+    cls = by_code().get(code)
+    if cls is None:
+        return None
+    return f"{cls.code} (exit status {cls.exit_code}, retry: {cls.retry})\n\n{cls.__doc__}\n\nFix: {cls.fix}"
+
+

@@ -1,0 +1,62 @@
+"""Small files that are whole or not there: write-temp, fsync, rename, fsync-directory.
+
+If we die before the rename the old content stands and a ``.new-*`` file is left, which ``sweep`` removes; after it, the new content stands.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterable
+from pathlib import Path
+
+from agent.system.failpoint import failpoint
+
+TEMPORARY_PREFIX = ".new-"
+
+
+def write_durably(path: Path, content: bytes | Iterable[bytes], *, mode: int = 0o600) -> None:
+    """Replace ``path`` by ``content`` in one step that survives power loss."""
+    temporary = path.with_name(f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            for part in (content,) if isinstance(content, bytes) else content:
+                file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+        failpoint("files.before_rename")
+        temporary.rename(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_directory(path.parent)
+
+
+def rename_durably(old: Path, new: Path) -> None:
+    """Rename within one filesystem; on return the new name survives power loss."""
+    old.rename(new)
+    sync_directory(new.parent)
+    if old.parent != new.parent:
+        sync_directory(old.parent)
+
+
+def remove_durably(path: Path) -> None:
+    """Remove ``path`` if it is there; on return it stays away after power loss."""
+    path.unlink(missing_ok=True)
+    sync_directory(path.parent)
+
+
+def sync_directory(path: Path) -> None:
+    """Make the names in a directory durable."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sweep(directory: Path) -> None:
+    """Remove what writers left that died before their rename."""
+    for left in directory.glob(f"{TEMPORARY_PREFIX}*"):
+        left.unlink(missing_ok=True)

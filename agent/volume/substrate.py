@@ -1,0 +1,135 @@
+"""What a substrate must do: hold a volume's generations, say which blocks differ, and commit a workspace in one step.
+
+Three substrates keep this contract (reflink here; lvm-thin and lvm-snapshot), and one conformance suite proves each. Above this line
+everything is a block device. Reading devices are read-only for the kernel too, and vanish with their last user.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Protocol
+from uuid import UUID
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agent.contract.identity import FilesystemKind, GenerationId
+from agent.contract.messages import GenerationFacts, Role
+
+
+@dataclass(frozen=True, slots=True)
+class VolumeRecord:
+    """A volume as its substrate remembers it, durable beside its images."""
+
+    id: UUID
+    name: str
+    filesystem: FilesystemKind
+    size_bytes: int
+    sector_bytes: int
+    role: Role
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ChangedRuns:
+    """Runs of blocks whose content may differ between two generations: ascending, disjoint, none missed.
+
+    ``diff_block`` is the block address of the run's pre-image in the differential volume (dmi.HOLE: a hole in the base); inside a run
+    the addresses ascend with the blocks. ``target_hole`` marks runs that the target does not have.
+    """
+
+    first: NDArray[np.uint64]
+    blocks: NDArray[np.uint64]
+    diff_block: NDArray[np.uint64]
+    target_hole: NDArray[np.bool_]
+
+
+class WorkspaceKind(StrEnum):
+    """Writable clones that nobody else sees until they are committed."""
+
+    LANDING = "landing"  # pieces land here
+    SALVAGE = "salvage"  # base plus whole files
+    HEALED = "healed"  # a base whose damaged blocks are being replaced
+
+
+@dataclass(frozen=True, slots=True)
+class Workspace:
+    """One workspace: what for, and of which transfer."""
+
+    volume: UUID
+    transfer: UUID
+    kind: WorkspaceKind
+
+
+class Substrate(Protocol):
+    """Operational volumes, their generations, and workspaces."""
+
+    kind: str
+
+    @property
+    def differential_identity(self) -> str:
+        """Identity of the device that ``diff_block`` addresses (the pool's filesystem UUID)."""
+
+    @property
+    def differential_device(self) -> Path:
+        """The device that ``diff_block`` addresses."""
+
+    def volumes(self) -> tuple[VolumeRecord, ...]:
+        """Return every volume held here."""
+
+    def create(self, record: VolumeRecord) -> None:
+        """Make a volume with g0 as its only generation; a primary also gets an empty operational image. VolumeExists, NoSpace."""
+
+    def remove(self, volume: UUID) -> None:
+        """Destroy a volume with all its generations and workspaces; DeviceBusy while any is in use."""
+
+    def set_role(self, volume: UUID, role: Role, epoch: int) -> None:
+        """Record the role and epoch durably."""
+
+    def generations(self, volume: UUID) -> tuple[GenerationFacts, ...]:
+        """Return the generations, oldest first, g0 included."""
+
+    def take(self, volume: UUID, mount_point: Path | None, facts: GenerationFacts) -> float:
+        """Make the operational volume's state under a freeze of ``mount_point`` a generation; return the freeze in milliseconds.
+
+        None: the volume is not mounted. If we die here the filesystem is thawed by its guard, and a clone without its record is swept.
+        """
+
+    def drop(self, generation: GenerationId) -> None:
+        """Give up a generation; NoSuchGeneration if it is not held."""
+
+    def changed(self, base: GenerationId, target: GenerationId) -> ChangedRuns:
+        """Return the runs that differ. Against g0 these are all runs that the target has."""
+
+    def reading(self, generation: GenerationId) -> AbstractContextManager[Path]:
+        """Attach a generation read-only for as long as the context lasts, or a mount of it."""
+
+    def operational(self, volume: UUID) -> AbstractContextManager[Path]:
+        """Attach the operational image read-write for as long as the context lasts, or a mount of it."""
+
+    def clone_operational(self, volume: UUID, generation: GenerationId) -> None:
+        """Make the operational image a clone of ``generation``, replacing the old image in one step; DeviceBusy if it is in use."""
+
+    def begin(self, workspace: Workspace, base: GenerationId) -> None:
+        """Clone ``base`` as a workspace, replacing one of the same name. NoSpace leaves everything as it was."""
+
+    def exists(self, workspace: Workspace) -> bool:
+        """Whether the workspace is there, whole."""
+
+    def writing(self, workspace: Workspace) -> AbstractContextManager[Path]:
+        """Attach a workspace read-write, exclusively; DeviceBusy if somebody else has it."""
+
+    def commit(self, workspace: Workspace, facts: GenerationFacts) -> None:
+        """Make the workspace a generation in one durable step. If we die here it is a workspace still, or the generation, never both or half."""
+
+    def replace(self, workspace: Workspace, generation: GenerationId) -> None:
+        """Let a healed workspace take the place of ``generation`` in one durable step."""
+
+    def discard(self, workspace: Workspace) -> None:
+        """Remove a workspace if it is there."""
+
+    def recover(self) -> None:
+        """Finish or sweep what a crash left half done; run at every start, idempotent."""
