@@ -97,16 +97,19 @@ require_python() {
 }
 
 # The stamp names all that the environment was made from; it is written last, so a broken-off run is done again.
+# Of pyproject.toml only what concerns the installation counts: a changed lint rule makes no environment anew.
 make_venv() {
     local wanted
-    wanted=$(sha256sum requirements.txt pyproject.toml | sha256sum | cut -d ' ' -f 1)
+    mkdir -p build
+    exec 9>build/setup.lock
+    flock 9
+    wanted=$( (cat requirements.txt; sed '/^\[tool\.mypy\]/,$d' pyproject.toml) | sha256sum | cut -d ' ' -f 1)
     if [ -x "$venv/bin/python" ] && [ "$(cat "$venv/landfall-stamp" 2>/dev/null)" = "$wanted $PWD" ]; then
         return
     fi
     require_python
     say "making the virtual environment $venv with $python"
     rm -rf "$venv"
-    mkdir -p build
     "$python" -m venv "$venv"
     "$venv/bin/pip" install -qq --disable-pip-version-check --require-hashes -r requirements.txt
     "$venv/bin/pip" install -qq --disable-pip-version-check --no-deps --no-build-isolation -e .
