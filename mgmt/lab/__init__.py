@@ -1,0 +1,12 @@
+"""Three nodes on one machine, with nothing between them but a network that can be cut.
+
+layout     names, addresses and paths; the marker without which nothing is destroyed
+cuts       which bridge ports stand how, from the pairs of nodes that are cut
+network    namespaces, switch and links
+enrolment  keys, pinned host keys, the configuration files of the nodes
+node       what runs as a node's first process
+control    asking a node's first process for something
+remains    what a lab, alive or broken, has left on the machine, and taking it away
+lifecycle  up, down, kill, start, cut, heal
+proxy      a TCP proxy that does something at an exact byte
+"""

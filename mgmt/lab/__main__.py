@@ -1,0 +1,5 @@
+"""`python -m mgmt.lab`."""
+
+from mgmt.lab.cli import main
+
+main()

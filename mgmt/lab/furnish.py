@@ -1,0 +1,96 @@
+"""Makes the namespaces of a new node into a machine of its own: its mounts, its /run, its pool.
+
+Runs as the node's first process, before anything else is started. All of it lives in the node's mount namespace, so the end
+of the node is the end of its mounts; the pool's loop device is told to detach itself with its last user.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from agent.contract.errors import CommandFailed, LabMissing
+from agent.system.run import run
+from mgmt.lab.layout import NODE_ROOT, Lab, Marker, NodeName, PoolFilesystem
+from mgmt.lab.loops import POOL_DEVICE, backed_by, number, wait_until_released
+
+SYSTEM_MOUNTS = ("/", "/usr", "/etc", "/var", "/opt", "/home", "/root", "/lib", "/bin", "/sbin")
+SYSTEM_TREES = ("/proc", "/sys", "/dev", "/etc")
+POOL_RELEASE_S = 20.0
+
+
+def furnish(lab: Lab, node: NodeName, marker: Marker) -> None:
+    """Give the node its name, its own /run and folder, and nothing of the other nodes; mount its pool."""
+    socket.sethostname(node)
+    os.chdir("/")
+    code = [Path(sys.prefix), Path(sys.base_prefix), Path(__file__).resolve().parents[2]]
+    _detach_foreign_mounts([lab.directory, *code])
+    run(["mount", "-t", "sysfs", "sysfs", "/sys"])
+    run(["mount", "-t", "tmpfs", "-o", "mode=755,size=256m", "tmpfs", "/run"])
+    NODE_ROOT.mkdir(parents=True)
+    run(["mount", "--bind", str(lab.node(node)), str(NODE_ROOT)])
+    if not any(path.is_relative_to("/tmp") for path in code):  # noqa: S108 - the folder itself is meant
+        _cover(Path("/tmp"), "mode=1777,size=1g")  # noqa: S108
+    if lab.directory.exists():
+        _cover(lab.directory, "mode=700,size=4k,ro")
+    _bind_over(NODE_ROOT / "etc" / "hosts", Path("/etc/hosts"))
+    _unlock_root()
+    image = NODE_ROOT / "pool.img"
+    if image.exists():
+        _mount_pool(image, NODE_ROOT / "pool", marker.pool_fs)
+
+
+def _detach_foreign_mounts(needed: Iterable[Path]) -> None:
+    """Let go of what others have mounted: a copy of their mounts in here would keep their devices busy."""
+    ancestors = {str(parent) for path in needed for parent in (path, *path.parents)}
+    mountinfo = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape")
+    points = [line.split(" ")[4].encode("latin-1", "backslashreplace").decode("unicode_escape") for line in mountinfo.splitlines()]
+    for point in reversed(points):
+        kept = point in SYSTEM_MOUNTS or point in ancestors
+        if not kept and not any(Path(point).is_relative_to(tree) for tree in SYSTEM_TREES):
+            run(["umount", "--lazy", point], ok=(0, 1, 32))
+
+
+def _cover(path: Path, options: str) -> None:
+    run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(path)])
+
+
+def _bind_over(source: Path, target: Path) -> None:
+    if target.exists():
+        run(["mount", "--bind", str(source), str(target)])
+
+
+def _unlock_root() -> None:
+    """Let sshd take a key for root where the account is locked (`!`, as on Ubuntu); in this node's view of /etc/shadow only."""
+    shadow = Path("/etc/shadow")
+    lines = shadow.read_text(encoding="utf-8", errors="surrogateescape").splitlines(keepends=True)
+    own = Path("/run/landfall/shadow")
+    own.touch(mode=0o600)
+    unlocked = ("root:*:" + line.split(":", 2)[2] if line.startswith("root:!") else line for line in lines)
+    own.write_text("".join(unlocked), encoding="utf-8", errors="surrogateescape")
+    _bind_over(own, shadow)
+
+
+def _mount_pool(image: Path, target: Path, filesystem: PoolFilesystem) -> None:
+    """Mount the pool through a loop device with direct I/O; two loop devices on one pool would destroy it, so wait for the old."""
+    if not wait_until_released(image, POOL_RELEASE_S):
+        raise LabMissing(
+            f"the pool {image.name} is still in use by {', '.join(loop.path for loop in backed_by(image))}",
+            fix="`landfall lab kill NODE`, then `landfall lab start NODE`.",
+        )
+    loop = run(["losetup", "--find", "--show", "--direct-io=on", str(image)]).text.strip()
+    options = "nodatacow" if filesystem is PoolFilesystem.BTRFS else "defaults"
+    try:
+        run(["mount", "-t", filesystem, "-o", options, loop, str(target)])
+    finally:
+        # Detaching a device that is in use makes the kernel detach it with its last user; unmounted, it goes at once.
+        run(["losetup", "--detach", loop])
+    (image.parent / POOL_DEVICE).write_text(number(target.stat().st_dev), encoding="ascii")
+    if filesystem is PoolFilesystem.BTRFS:
+        try:
+            run(["chattr", "+C", str(target)])
+        except CommandFailed as error:
+            raise LabMissing("the pool takes no files without data checksums (chattr +C)", cause=str(error)) from error
