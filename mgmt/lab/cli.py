@@ -60,9 +60,10 @@ def lab() -> None:
 @json_option
 @click.option("--pool-fs", type=click.Choice([kind.value for kind in PoolFilesystem]), default="xfs", show_default=True)
 @click.option("--pool-size", type=Size(), default=DEFAULT_POOL_BYTES, help="Size of each NAS node's pool, sparse [12G].")
-def up(directory: Path, as_json: bool, pool_fs: str, pool_size: int) -> None:
+@click.option("--bare", is_flag=True, help="Start no agents.")
+def up(directory: Path, as_json: bool, pool_fs: str, pool_size: int, bare: bool) -> None:
     """Make the lab, or start what of it does not run."""
-    outcome = lifecycle.up(Lab.at(directory), PoolFilesystem(pool_fs), pool_size)
+    outcome = lifecycle.up(Lab.at(directory), PoolFilesystem(pool_fs), pool_size, agents=not bare)
     _report(outcome, "The lab is up.", "The lab is up already.", as_json)
 
 

@@ -52,10 +52,11 @@ class PoolFilesystem(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Marker:
-    """What `up` was asked for; `complete` once it ended well."""
+    """What `up` was asked for (without agents, theirs are started by hand only); `complete` once it ended well."""
 
     pool_fs: PoolFilesystem
     pool_size_bytes: int
+    agents: bool
     complete: bool
 
 
@@ -118,7 +119,7 @@ class Lab:
         """Return the marker, None where there is no lab; NotOurs for a directory with something else in it."""
         try:
             document = json.loads(self.marker_path.read_bytes())
-            return Marker(PoolFilesystem(document["pool_fs"]), document["pool_size_bytes"], document["complete"])
+            return Marker(PoolFilesystem(document["pool_fs"]), document["pool_size_bytes"], document["agents"], document["complete"])
         except FileNotFoundError:
             if self.directory.is_dir() and any(self.directory.iterdir()):
                 raise NotOurs(f"{self.directory} is not empty and carries no marker {MARKER}") from None

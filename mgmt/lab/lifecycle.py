@@ -62,7 +62,13 @@ class LabStatus:
         return self.marker is not None and self.marker.complete and all(node.pid is not None for node in self.nodes)
 
 
-def up(lab: Lab, pool_fs: PoolFilesystem = PoolFilesystem.XFS, pool_size_bytes: int = DEFAULT_POOL_BYTES) -> Outcome:
+def up(
+    lab: Lab,
+    pool_fs: PoolFilesystem = PoolFilesystem.XFS,
+    pool_size_bytes: int = DEFAULT_POOL_BYTES,
+    *,
+    agents: bool = True,
+) -> Outcome:
     """Guarantee that the lab is up and every service of it can be spoken to.
 
     What a broken-off run left is taken down first; a complete lab keeps its disks and gets those of its nodes started that do
@@ -75,7 +81,7 @@ def up(lab: Lab, pool_fs: PoolFilesystem = PoolFilesystem.XFS, pool_size_bytes: 
             _boot(lab, missing)
             return Outcome.DONE if missing else Outcome.ALREADY
         remains.clear_content(lab)
-        marker = Marker(pool_fs, pool_size_bytes, complete=False)
+        marker = Marker(pool_fs, pool_size_bytes, agents, complete=False)
         try:
             lab.write_marker(marker)
             network.create(lab)

@@ -6,45 +6,45 @@ nsfs file below /run/netns, as `ip netns` does.
 
 from __future__ import annotations
 
+import errno
 import os
+from functools import partial
 from pathlib import Path
 
-from pyroute2 import NetNS
+from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
 from agent.contract.errors import NotOurs
 from agent.system.run import run
 from mgmt.lab.cuts import Pair, Port, ports
 from mgmt.lab.layout import NAMESPACES, Lab, NodeName
+from mgmt.lab.namespace import with_links
 
 BRIDGE = "switch"
 LINK = "lan0"
 LOOPBACK_INDEX = 1
+IFA_F_NODAD = 0x02
 
 
 def create(lab: Lab) -> None:
     """Make namespaces, switch and links. If we die on the way, `remove` takes away what there is."""
     for name in lab.namespaces:
         _create_namespace(lab, name)
-    with _opened(lab.switch) as switch:
-        # Snooping would hold back neighbour discovery until a querier is heard, and there is none.
-        switch.link("add", ifname=BRIDGE, kind="bridge", br_stp_state=0, br_mcast_snooping=0)
-        bridge = _index(switch, BRIDGE)
-        switch.link("set", index=bridge, state="up")
-        for node in NodeName:
-            peer = {"ifname": LINK, "net_ns_fd": lab.namespace(node)}
-            switch.link("add", ifname=str(node), kind="veth", peer=peer)
-            switch.link("set", index=_index(switch, node), master=bridge, state="up")
-            _address(lab, node)
+    with_links(lab.switch, lambda switch: _make_switch(lab, switch))
+    for node in NodeName:
+        with_links(lab.namespace(node), partial(_address, node))
 
 
 def apply_cuts(lab: Lab, cut: frozenset[Pair]) -> None:
     """Make exactly the pairs in ``cut`` unable to exchange a packet."""
-    with _opened(lab.switch) as switch:
+
+    def set_ports(switch: IPRoute) -> None:
         for node, port in ports(cut).items():
             index = _index(switch, node)
             switch.brport("set", index=index, isolated=int(port is Port.ISOLATED))
             switch.link("set", index=index, state="down" if port is Port.DOWN else "up")
+
+    with_links(lab.switch, set_ports)
 
 
 def present(lab: Lab) -> bool:
@@ -65,7 +65,7 @@ def remove(lab: Lab) -> list[str]:
         path = NAMESPACES / name
         if os.path.ismount(path):
             _require_ours(lab, name)
-            _delete_links(name)
+            with_links(name, _delete_links)
             run(["umount", str(path)])
         if path.exists():
             path.unlink()
@@ -78,49 +78,51 @@ def _create_namespace(lab: Lab, name: str) -> None:
     NAMESPACES.mkdir(parents=True, exist_ok=True)
     path.touch(mode=0o444, exist_ok=False)
     run(["unshare", f"--net={path}", "true"])
-    with _opened(name) as namespace:
-        namespace.link("set", index=LOOPBACK_INDEX, state="up", ifalias=lab.alias)
+    with_links(name, lambda links: links.link("set", index=LOOPBACK_INDEX, state="up", ifalias=lab.alias))
 
 
-def _address(lab: Lab, node: NodeName) -> None:
-    with _opened(lab.namespace(node)) as namespace:
-        link = _index(namespace, LINK)
-        namespace.link("set", index=link, state="up")
-        namespace.addr("add", index=link, address=node.address, prefixlen=24)
-        # Duplicate address detection would take a second, and these addresses are nobody else's.
-        namespace.addr("add", index=link, address=node.address6, prefixlen=64, flags=0x02)
+def _make_switch(lab: Lab, switch: IPRoute) -> None:
+    # Snooping would hold back neighbour discovery until a querier is heard, and there is none.
+    switch.link("add", ifname=BRIDGE, kind="bridge", br_stp_state=0, br_mcast_snooping=0)
+    bridge = _index(switch, BRIDGE)
+    switch.link("set", index=bridge, state="up")
+    for node in NodeName:
+        with open(path_of(lab.namespace(node)), "rb") as namespace:
+            switch.link("add", ifname=str(node), kind="veth", peer={"ifname": LINK, "net_ns_fd": namespace.fileno()})
+        switch.link("set", index=_index(switch, node), master=bridge, state="up")
+
+
+def _address(node: NodeName, links: IPRoute) -> None:
+    link = _index(links, LINK)
+    links.link("set", index=link, state="up")
+    links.addr("add", index=link, address=node.address, prefixlen=24)
+    # Duplicate address detection would take a second, and these addresses are nobody else's.
+    links.addr("add", index=link, address=node.address6, prefixlen=64, flags=IFA_F_NODAD)
 
 
 def _require_ours(lab: Lab, name: str) -> None:
-    with _opened(name) as namespace:
-        links = namespace.get_links()
-        alias = next((link.get("ifalias") for link in links if link["index"] == LOOPBACK_INDEX), None)
+    links = with_links(name, lambda connection: list(connection.get_links()))
+    alias = next((link.get("ifalias") for link in links if link["index"] == LOOPBACK_INDEX), None)
     # One link and no alias: its maker died before it could put the marker in, and there is nothing in it to lose.
     if alias != lab.alias and (alias is not None or len(links) > 1):
         raise NotOurs(f"the network namespace {name} is not this lab's", cause=f"its marker is {alias!r}")
 
 
-def _delete_links(name: str) -> None:
+def _delete_links(links: IPRoute) -> None:
     """Delete links by themselves: a copy of the namespace's mount elsewhere would keep them alive."""
-    with _opened(name) as namespace:
-        for link in namespace.get_links():
-            if link["index"] != LOOPBACK_INDEX and link.get(("linkinfo", "kind")) in {"veth", "bridge"}:
-                try:
-                    namespace.link("del", index=link["index"])
-                except NetlinkError as error:
-                    if error.code != 19:  # ENODEV: it went with its peer
-                        raise
+    for link in list(links.get_links()):
+        if link["index"] != LOOPBACK_INDEX and link.get(("linkinfo", "kind")) in {"veth", "bridge"}:
+            try:
+                links.link("del", index=link["index"])
+            except NetlinkError as error:
+                if error.code != errno.ENODEV:  # it went with its peer
+                    raise
 
 
-def _opened(name: str) -> NetNS:
-    # Without O_CREAT a namespace that is missing is an error and not a new namespace.
-    return NetNS(name, flags=0)
-
-
-def _index(namespace: NetNS, link: str) -> int:
-    found: list[int] = list(namespace.link_lookup(ifname=str(link)))
+def _index(links: IPRoute, name: str) -> int:
+    found: list[int] = list(links.link_lookup(ifname=str(name)))
     if not found:
-        raise NotOurs(f"the lab's link {link} is missing", fix="`landfall lab down`, then `landfall lab up`.")
+        raise NotOurs(f"the lab's link {name} is missing", fix="`landfall lab down`, then `landfall lab up`.")
     return found[0]
 
 

@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import importlib.util
 import json
 import os
 import signal
@@ -50,11 +49,12 @@ class State(StrEnum):
 
 @dataclass(slots=True)
 class Service:
-    """One of the node's services; ``gone`` is set while it does not run."""
+    """One of the node's services: whether it is meant to run, whether it does; ``gone`` is set once it has ended."""
 
     name: str
     argv: list[str]
     address: str | Path
+    meant: bool = False
     pid: int | None = None
     ended: int | None = None
     gone: asyncio.Event = field(default_factory=asyncio.Event)
@@ -75,25 +75,26 @@ def main() -> None:
     if marker is None or os.getpid() != 1:
         raise LabMissing(f"{lab.directory} is no lab, or this is not a node's first process")
     furnish(lab, arguments.node, marker)
-    asyncio.run(_serve(_services(arguments.node)))
+    asyncio.run(_serve(_services(arguments.node), started={"sshd", "agent"} if marker.agents else {"sshd"}))
 
 
 def _services(node: NodeName) -> list[Service]:
-    """Return what runs on this node; an installation without the agent gives a lab of bare nodes."""
+    """Return what can run on this node."""
     services = [Service("sshd", ["/usr/sbin/sshd", "-D", "-e", "-f", str(NODE_ROOT / "etc/sshd_config")], node.address)]
-    if node in NAS_NODES and agent_program().exists() and importlib.util.find_spec("agent.cli"):
+    if node in NAS_NODES:
         config = str(NODE_ROOT / "etc/agent.toml")
         services.append(Service("agent", [str(agent_program()), "daemon", "--config", config], AGENT_SOCKET))
     return services
 
 
-async def _serve(services: list[Service]) -> None:
+async def _serve(services: list[Service], started: set[str]) -> None:
     by_name = {service.name: service for service in services}
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGCHLD, _reap, services)
     Path("/run/sshd").mkdir(mode=0o755)
     for service in services:
-        _start(service, {})
+        if service.name in started:
+            _start(service, {})
     path = NODE_ROOT / CONTROL_SOCKET
     path.unlink(missing_ok=True)
 
@@ -112,7 +113,7 @@ async def _serve(services: list[Service]) -> None:
 async def _answer(services: dict[str, Service], request: Mapping[str, Any]) -> dict[str, object]:
     verb, name = request.get("verb"), request.get("service")
     if verb == "ready":
-        failures = [await _ready(service) for service in services.values()]
+        failures = [await _ready(service) for service in services.values() if service.meant]
     elif verb == "status":
         failures = []
     elif name not in services:
@@ -137,7 +138,7 @@ def _start(service: Service, environment: Mapping[str, str]) -> None:
     variables = [f"{name}={value}" for name, value in environment.items()]
     with open(NODE_ROOT / "log" / f"{service.name}.log", "ab") as log:
         child = start(["env", *variables, *service.argv], stdout=log.fileno(), stderr=log.fileno())
-    service.pid, service.ended = child.pid, None
+    service.meant, service.pid, service.ended = True, child.pid, None
     service.gone.clear()
     # This process reaps whatever dies in its PID namespace, so the child's own book-keeping has nothing left to wait for.
     child.returncode = 0
@@ -181,6 +182,7 @@ async def _connect(address: str | Path) -> None:
 
 
 async def _end(service: Service, number: signal.Signals) -> str | None:
+    service.meant = False
     if service.pid is None:
         return None
     os.kill(service.pid, number)
