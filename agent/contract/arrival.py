@@ -56,7 +56,8 @@ class ArrivalRecord:
     @property
     def complete(self) -> NDArray[np.bool_]:
         """Which pieces have both their update and their differential data."""
-        return (self.bits & (COMPLETE | Arrived.BASE_DIFFERS)) == COMPLETE
+        asked = np.uint8(COMPLETE | Arrived.BASE_DIFFERS)
+        return np.asarray((self.bits & asked) == COMPLETE, dtype=np.bool_)
 
 
 def encode_head(transfer: UUID, dmi_digest: bytes, pieces: int) -> bytes:

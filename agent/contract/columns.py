@@ -52,9 +52,7 @@ def encode(columns: Mapping[str, Column], specs: tuple[ColumnSpec, ...]) -> Iter
     table = []
     for spec, array in zip(specs, arrays, strict=True):
         offset = _aligned(offset)
-        table.append(
-            _SECTION.pack(spec.name.encode(), offset, len(array), spec.dtype.itemsize, xxhash.xxh3_128_digest(_bytes_of(array)))
-        )
+        table.append(_SECTION.pack(spec.name.encode(), offset, len(array), spec.dtype.itemsize, xxhash.xxh3_128_digest(_bytes_of(array))))
         offset += array.nbytes
     total = _aligned(offset) + _END.size
     head = _FIXED.pack(MAGIC, VERSION, 0, len(specs), total) + b"".join(table)
@@ -114,4 +112,4 @@ def _aligned(offset: int) -> int:
 
 
 def _bytes_of(array: Column) -> memoryview:
-    return memoryview(array.view(np.uint8).reshape(-1)) if array.nbytes else memoryview(b"")
+    return array.view(np.uint8).reshape(-1).data if array.nbytes else memoryview(b"")

@@ -191,8 +191,7 @@ class Dmi:
         """Return the extended attributes of ``file`` as (name, value)."""
         rows = range(int(self.xattr_start[file]), int(self.xattr_start[file + 1]))
         return [
-            (_blob(self.xattr_names, self.xattr_name_start, row), _blob(self.xattr_values, self.xattr_value_start, row))
-            for row in rows
+            (_blob(self.xattr_names, self.xattr_name_start, row), _blob(self.xattr_values, self.xattr_value_start, row)) for row in rows
         ]
 
     def extents(self, file: int) -> list[tuple[int, int, int, int]]:
@@ -401,4 +400,7 @@ def _check_path(path: bytes, parent: int, root_inode: int) -> None:
         return
     _refuse(len(path) > MAX_PATH_BYTES, "a path is too long")
     for component in path.split(b"/"):
-        _refuse(component in (b"", b".", b"..") or len(component) > MAX_NAME_BYTES or b"\0" in component, "a path has a component that names no file")
+        _refuse(
+            component in (b"", b".", b"..") or len(component) > MAX_NAME_BYTES or b"\0" in component,
+            "a path has a component that names no file",
+        )

@@ -97,7 +97,12 @@ class NotOurs(LandfallError):
 class LayoutUnsupported(LandfallError):
     """The filesystem has a layout Landfall does not replicate (external log, realtime, encryption, block size other than 4096 ...)."""
 
-    code, exit_code, retry, fix = "layout-unsupported", 27, Retry.NEVER, "Use ext4 (extents) or XFS (v5) with 4096-byte blocks and internal log."
+    code, exit_code, retry, fix = (
+        "layout-unsupported",
+        27,
+        Retry.NEVER,
+        "Use ext4 (extents) or XFS (v5) with 4096-byte blocks and internal log.",
+    )
 
 
 class NoSpace(LandfallError):
@@ -157,13 +162,23 @@ class TransferBusy(LandfallError):
 class DmiMalformed(LandfallError):
     """The differential management information is damaged or hostile; it was refused whole and nothing was written."""
 
-    code, exit_code, retry, fix = "dmi-malformed", 37, Retry.NEVER, "Build it again on the source; if it persists the source is not to be trusted."
+    code, exit_code, retry, fix = (
+        "dmi-malformed",
+        37,
+        Retry.NEVER,
+        "Build it again on the source; if it persists the source is not to be trusted.",
+    )
 
 
 class RecordMalformed(LandfallError):
     """The arrival record does not belong to this DMI or its header is damaged; pieces it named are fetched again."""
 
-    code, exit_code, retry, fix = "record-malformed", 38, Retry.RECONNECT, "Resume the transfer; if the source is gone, nothing of it can be salvaged."
+    code, exit_code, retry, fix = (
+        "record-malformed",
+        38,
+        Retry.RECONNECT,
+        "Resume the transfer; if the source is gone, nothing of it can be salvaged.",
+    )
 
 
 class ProtocolViolated(LandfallError):
@@ -181,13 +196,23 @@ class VersionUnknown(LandfallError):
 class PeerRefused(LandfallError):
     """The peer could not prove that it is the node this transfer was ordered for (certificate, identity or token)."""
 
-    code, exit_code, retry, fix = "peer-refused", 41, Retry.NEVER, "Start the transfer again from the management node; check the node's identity."
+    code, exit_code, retry, fix = (
+        "peer-refused",
+        41,
+        Retry.NEVER,
+        "Start the transfer again from the management node; check the node's identity.",
+    )
 
 
 class LinkLost(LandfallError):
     """The connection to the peer broke or went silent past the time limit. What had arrived is kept."""
 
-    code, exit_code, retry, fix = "link-lost", 42, Retry.RECONNECT, "It resumes when the peer is back; if the peer is gone: `landfall salvage`."
+    code, exit_code, retry, fix = (
+        "link-lost",
+        42,
+        Retry.RECONNECT,
+        "It resumes when the peer is back; if the peer is gone: `landfall salvage`.",
+    )
 
 
 class NodeUnreachable(LandfallError):
@@ -235,7 +260,12 @@ class LabMissing(LandfallError):
 class KernelLacks(LandfallError):
     """The kernel has no support for something this step needs (loop devices, XFS, btrfs, network namespaces ...)."""
 
-    code, exit_code, retry, fix = "kernel-lacks", 50, Retry.OPERATOR, "Load the named module (modprobe), or use a machine whose kernel has it."
+    code, exit_code, retry, fix = (
+        "kernel-lacks",
+        50,
+        Retry.OPERATOR,
+        "Load the named module (modprobe), or use a machine whose kernel has it.",
+    )
 
 
 class DrillFailed(LandfallError):
@@ -247,7 +277,12 @@ class DrillFailed(LandfallError):
 class NotificationUnhandled(LandfallError):
     """A reception failure notification waits for the operator's decision (resume or salvage)."""
 
-    code, exit_code, retry, fix = "notification-unhandled", 52, Retry.OPERATOR, "`landfall status`, then `landfall replicate` or `landfall salvage`."
+    code, exit_code, retry, fix = (
+        "notification-unhandled",
+        52,
+        Retry.OPERATOR,
+        "`landfall status`, then `landfall replicate` or `landfall salvage`.",
+    )
 
 
 class RequestRefused(LandfallError):
@@ -271,5 +306,3 @@ def explain(code: str) -> str | None:
     if cls is None:
         return None
     return f"{cls.code} (exit status {cls.exit_code}, retry: {cls.retry})\n\n{cls.__doc__}\n\nFix: {cls.fix}"
-
-

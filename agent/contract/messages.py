@@ -1,7 +1,6 @@
 """The control plane: what the management node asks of an agent, and what an agent answers.
 
-One JSON object a line, over SSH to ``landfall-agent connect``. A request is ``{"v", "id", "verb", "args"}``. An answer to it is any number
-of ``{"id", "progress"}`` lines, then one of ``{"id", "result"}``, ``{"id", "error"}``, or ``{"id", "result", "blob_bytes": n}`` followed by n raw
+One JSON object a line, over SSH to ``landfall-agent connect``. A request is ``{"v", "id", "verb", "args"}``. An answer to it is any number of ``{"id", "progress"}`` lines, then one of ``{"id", "result"}``, ``{"id", "error"}``, or ``{"id", "result", "blob_bytes": n}`` followed by n raw
 bytes (DMI and arrival record can be hundreds of megabytes). Arguments and results are the dataclasses below; unknown or missing
 keys are refused on both sides.
 """
@@ -9,8 +8,10 @@ keys are refused on both sides.
 from __future__ import annotations
 
 import json
+import operator
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import partial
 from typing import Any, Final, TypeVar
 from uuid import UUID
 
@@ -527,7 +528,7 @@ def _make_converter() -> cattrs.Converter:
         return check
 
     for kind in (int, str, bool, float):
-        converter.register_structure_hook_func(lambda asked, kind=kind: asked is kind, strict(kind))
+        converter.register_structure_hook_func(partial(operator.is_, kind), strict(kind))
     converter.register_structure_hook(UUID, lambda value, _: UUID(value))
     converter.register_unstructure_hook(UUID, str)
     return converter

@@ -1,1 +1,4 @@
-"""See the modules."""
+"""What clients reach: exports of the operational volume.
+
+samba   one smbd per node, its shares rewritten and reloaded
+"""

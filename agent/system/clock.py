@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 
 def wall_ns() -> int:
@@ -13,3 +14,13 @@ def wall_ns() -> int:
 def monotonic_s() -> float:
     """Return seconds on a clock that never jumps."""
     return time.monotonic()
+
+
+def wait_until(condition: Callable[[], bool], limit_s: float, *, every_s: float = 0.02) -> bool:
+    """Return whether ``condition`` came true within ``limit_s``; for facts no event announces, such as a program's readiness."""
+    until = monotonic_s() + limit_s
+    while not condition():
+        if monotonic_s() > until:
+            return False
+        time.sleep(every_s)
+    return True

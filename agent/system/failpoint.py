@@ -1,9 +1,10 @@
 """Named places where a test makes the process die, raise or wait.
 
 ``LANDFALL_FAILPOINTS="transfer.before_commit=kill;recovery.file=raise:3"`` arms them: the action happens at the n-th passing (default 1).
-Actions: ``kill`` (SIGKILL to this process, like a crash), ``exit`` (status 99 at once), ``raise`` (FailpointHit), ``stop`` (SIGSTOP to this
-process: a paused node). They are armed only when LANDFALL_ALLOW_FAILPOINTS=1 is set too, so a stray variable does nothing on an appliance.
-Each passing of an armed process is counted in the file named by LANDFALL_FAILPOINT_TRACE, one name a line, so a test can prove that a point was reached.
+Actions: ``kill`` (SIGKILL to this process, like a crash), ``exit`` (status 99 at once), ``raise`` (FailpointHit), ``stop``
+(SIGSTOP to this process: a paused node). They are armed only when LANDFALL_ALLOW_FAILPOINTS=1 is set too, so a stray variable
+does nothing on an appliance. Each passing is written to the file named by LANDFALL_FAILPOINT_TRACE, one name a line, so that a
+test can prove that a point was reached.
 """
 
 from __future__ import annotations

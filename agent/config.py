@@ -1,0 +1,63 @@
+"""The agent's configuration: one TOML file, every key known, every refusal naming the key. agent.toml.sample has them all."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from agent.contract.errors import ConfigInvalid, NameRefused
+from agent.contract.identity import plain_name
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """What an agent is told about its node."""
+
+    node: str
+    replication_address: str
+    state_dir: Path = Path("/var/lib/landfall/state")
+    pool_dir: Path = Path("/var/lib/landfall/pool")
+    run_dir: Path = Path("/run/landfall")
+    socket: Path = Path("/run/landfall/agent.sock")
+    mount_dir: Path = Path("/srv/landfall")
+    freeze_limit_s: float = 10.0
+    smb_port: int = 445
+    smb_guest: bool = False
+    lab: bool = False
+
+
+def read_config(path: Path) -> Config:
+    """Return the configuration in ``path``; ConfigInvalid names the first key that is missing, unknown or of the wrong type."""
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigInvalid(f"{path} cannot be read as TOML", cause=str(error)) from error
+    known = {field.name: field for field in fields(Config)}
+    for key in document:
+        if key not in known:
+            raise ConfigInvalid(f"{path}: {key} is not a key of the agent's configuration")
+    values = {}
+    for key, field in known.items():
+        if key in document:
+            values[key] = _typed(path, key, document[key], str(field.type))
+        elif field.default is MISSING:
+            raise ConfigInvalid(f"{path}: {key} is missing")
+    config = Config(**values)
+    try:
+        plain_name(config.node)
+    except NameRefused as error:
+        raise ConfigInvalid(f"{path}: node: {error.message}") from error
+    return config
+
+
+def _typed(path: Path, key: str, value: Any, kind: str) -> Any:
+    allowed: dict[str, tuple[type, ...]] = {"str": (str,), "Path": (str,), "float": (int, float), "int": (int,), "bool": (bool,)}
+    if type(value) not in allowed[kind]:
+        raise ConfigInvalid(f"{path}: {key} is {type(value).__name__}, it must be {allowed[kind][0].__name__}")
+    if kind == "Path":
+        if not value.startswith("/"):
+            raise ConfigInvalid(f"{path}: {key} must be an absolute path")
+        return Path(value)
+    return value

@@ -1,0 +1,162 @@
+"""Shares of served volumes, by one smbd of the agent's own, apart from the system's.
+
+smbd outlives the agent: clients keep their connections when the agent is restarted, and the new agent finds it by its pid file. The list of
+shares is the configuration file, so there is no other state. If we die between writing the file and the reload, the next call reloads.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from agent.contract.errors import CommandFailed
+from agent.system.clock import wait_until
+from agent.system.files import write_durably
+from agent.system.run import run, start
+
+START_LIMIT_S = 20.0
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """One exported folder."""
+
+    name: str
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Samba:
+    """The node's smbd, its files in ``folder``."""
+
+    folder: Path
+    address: str
+    port: int
+    guest: bool
+
+    def shares(self) -> tuple[Share, ...]:
+        """Return the shares of a running smbd."""
+        if self._pid() is None or not self._config.exists():
+            return ()
+        found = re.findall(r"^\[([^\]]+)\]\n(?:.*\n)*?  path = (.*)$", self._config.read_text(), re.MULTILINE)
+        return tuple(Share(name, Path(path)) for name, path in found if name != "global")
+
+    def export(self, share: Share) -> None:
+        """Serve ``share``; on return smbd accepts connections."""
+        others = tuple(other for other in self.shares() if other.name != share.name)
+        self._apply((*others, share))
+
+    def withdraw(self, name: str) -> None:
+        """End a share and its clients' connections to it; the last share ends smbd."""
+        left = tuple(share for share in self.shares() if share.name != name)
+        if self._pid() is not None:
+            run(["smbcontrol", f"--configfile={self._config}", "smbd", "close-share", name], ok=(0, 1))
+        if left:
+            self._apply(left)
+        else:
+            self.stop()
+
+    def stop(self) -> None:
+        """End smbd and every connection."""
+        pid = self._pid()
+        if pid is None:
+            return
+        for child in _descendants(pid):
+            _signal(child, signal.SIGKILL)
+        _signal(pid, signal.SIGKILL)
+        _wait(lambda: self._pid() is None, "smbd did not end")
+
+    def _apply(self, shares: tuple[Share, ...]) -> None:
+        for name in ("private", "lock", "state", "cache", "ncalrpc", "pid"):
+            (self.folder / name).mkdir(mode=0o755, parents=True, exist_ok=True)
+        write_durably(self._config, self._text(shares).encode(), mode=0o644)
+        if self._pid() is None:
+            start(["smbd", "--foreground", "--no-process-group", f"--configfile={self._config}", f"--log-basename={self.folder}"])
+            _wait(self._answers, "smbd did not start")
+        else:
+            run(["smbcontrol", f"--configfile={self._config}", "smbd", "reload-config"])
+
+    def _text(self, shares: tuple[Share, ...]) -> str:
+        guest = "  guest ok = yes\n  force user = root\n" if self.guest else ""
+        head = f"""[global]
+  server role = standalone server
+  smb ports = {self.port}
+  interfaces = lo {self.address}
+  bind interfaces only = yes
+  map to guest = {"Bad User" if self.guest else "Never"}
+  private dir = {self.folder}/private
+  lock directory = {self.folder}/lock
+  state directory = {self.folder}/state
+  cache directory = {self.folder}/cache
+  ncalrpc dir = {self.folder}/ncalrpc
+  pid directory = {self.folder}/pid
+  log file = {self.folder}/log.smbd
+  max log size = 1000
+  disable spoolss = yes
+  load printers = no
+  printing = bsd
+  printcap name = /dev/null
+  disable netbios = yes
+  server min protocol = SMB2_10
+  store dos attributes = no
+  map archive = no
+  map hidden = no
+  map system = no
+  kernel oplocks = yes
+  unix extensions = no
+  follow symlinks = yes
+  wide links = no
+"""
+        return head + "".join(f"[{share.name}]\n  path = {share.path}\n  read only = no\n{guest}" for share in shares)
+
+    def _answers(self) -> bool:
+        pid = self._pid()
+        return pid is not None and run(["smbcontrol", f"--configfile={self._config}", "smbd", "ping"], ok=(0, 1)).status == 0
+
+    @property
+    def _config(self) -> Path:
+        return self.folder / "smb.conf"
+
+    def _pid(self) -> int | None:
+        """Return smbd's pid if the process in the pid file is a living smbd of this configuration."""
+        try:
+            pid = int((self.folder / "pid" / f"smbd-{self._config.name}.pid").read_text())
+        except (FileNotFoundError, ValueError):
+            try:
+                pid = int((self.folder / "pid" / "smbd.pid").read_text())
+            except (FileNotFoundError, ValueError):
+                return None
+        try:
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        except OSError:
+            return None
+        return pid if f"--configfile={self._config}".encode() in words else None
+
+
+def _descendants(pid: int) -> list[int]:
+    found: list[int] = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[1]) == pid:
+            child = int(path.parent.name)
+            found += [child, *_descendants(child)]
+    return found
+
+
+def _signal(pid: int, number: signal.Signals) -> None:
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        return
+
+
+def _wait(condition: Callable[[], bool], sentence: str) -> None:
+    if not wait_until(condition, START_LIMIT_S):
+        raise CommandFailed(sentence, cause=f"not within {START_LIMIT_S:g} s")
