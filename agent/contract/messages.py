@@ -1,8 +1,9 @@
 """The control plane: what the management node asks of an agent, and what an agent answers.
 
-One JSON object a line, over SSH to ``landfall-agent connect``. A request is ``{"v", "id", "verb", "args"}``. An answer to it is any number of ``{"id", "progress"}`` lines, then one of ``{"id", "result"}``, ``{"id", "error"}``, or ``{"id", "result", "blob_bytes": n}`` followed by n raw
-bytes (DMI and arrival record can be hundreds of megabytes). Arguments and results are the dataclasses below; unknown or missing
-keys are refused on both sides.
+One JSON object a line, over SSH to ``landfall-agent connect``. A request is ``{"v", "id", "verb", "args"}``. An answer to it is
+any number of ``{"id", "progress"}`` lines, then one of ``{"id", "error"}``, ``{"id", "result"}``, or a result with ``blob_bytes`` followed
+by that many raw bytes (DMI and arrival record can be hundreds of megabytes). Arguments and results are the dataclasses below;
+unknown or missing keys are refused on both sides.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from pathlib import Path
 from agent.contract.errors import CommandFailed
 from agent.system.clock import wait_until
 from agent.system.files import write_durably
-from agent.system.run import run, start
+from agent.system.run import run
 
 START_LIMIT_S = 20.0
 
@@ -42,8 +42,8 @@ class Samba:
         """Return the shares of a running smbd."""
         if self._pid() is None or not self._config.exists():
             return ()
-        found = re.findall(r"^\[([^\]]+)\]\n(?:.*\n)*?  path = (.*)$", self._config.read_text(), re.MULTILINE)
-        return tuple(Share(name, Path(path)) for name, path in found if name != "global")
+        found = re.findall(r"^\[([^\]]+)\]\n  path = (.*)$", self._config.read_text(), re.MULTILINE)
+        return tuple(Share(name, Path(path)) for name, path in found)
 
     def export(self, share: Share) -> None:
         """Serve ``share``; on return smbd accepts connections."""
@@ -75,7 +75,7 @@ class Samba:
             (self.folder / name).mkdir(mode=0o755, parents=True, exist_ok=True)
         write_durably(self._config, self._text(shares).encode(), mode=0o644)
         if self._pid() is None:
-            start(["smbd", "--foreground", "--no-process-group", f"--configfile={self._config}", f"--log-basename={self.folder}"])
+            run(["smbd", "--daemon", f"--configfile={self._config}", f"--log-basename={self.folder}"])
             _wait(self._answers, "smbd did not start")
         else:
             run(["smbcontrol", f"--configfile={self._config}", "smbd", "reload-config"])
