@@ -1,0 +1,228 @@
+"""The loss statement: the one account of what became of every changed file. Pure; tables, JSON and HTML are skins on it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Final
+from uuid import UUID
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agent.contract.arrival import ArrivalRecord
+from agent.contract.dmi import Change, Dmi, FileKind, Side
+from agent.contract.identity import BLOCK_BYTES, GenerationId
+from agent.contract.messages import Deletions, FileOutcome, Outcome, Salvaged
+from mgmt.determination import OUTCOMES, AtomicSet, BrokenSet, Determination, Reason, members_of
+
+CELLS: Final = 256
+NOTHING_THERE: Final = -1
+"""As a cell of a picture: nothing changed there."""
+
+
+@dataclass(frozen=True, slots=True)
+class FileAccount:
+    """What became of one changed file. Paths are relative to the volume, bytes that are not UTF-8 as surrogates."""
+
+    row: int  # of the DMI
+    paths: tuple[str, ...]  # in the target; of a deleted file in the base
+    base_paths: tuple[str, ...]  # in the base, where they were others
+    kind: str
+    outcome: Outcome
+    reason: str
+    size_bytes: int  # in the target
+    digest: str  # hex, of the target's content
+    mtime_ns: int
+    pieces_needed: int
+    pieces_arrived: int
+    found_at: str = ""  # where it is now, if not at its path
+
+
+@dataclass(frozen=True, slots=True)
+class FileTotals:
+    """Numbers of files. ``changed`` is the sum of the others."""
+
+    changed: int
+    recovered: int
+    kept_at_base: int
+    absent: int
+    damaged: int
+    deleted: int
+    held: int
+
+
+@dataclass(frozen=True, slots=True)
+class ByteTotals:
+    """Bytes of blocks that changed, and of those whose update and differential data arrived; bytes of the recovered files' content."""
+
+    changed: int
+    arrived: int
+    recovered: int
+
+
+@dataclass(frozen=True, slots=True)
+class Seconds:
+    """How long it took from the primary's last sign to the notification, from there to the verdicts, and to the committed result."""
+
+    detect: float
+    determine: float
+    recover: float
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """What arrived, per mille in each cell, or NOTHING_THERE: along the volume's addresses, and along the files as they were sent."""
+
+    by_address: tuple[int, ...]
+    by_send_order: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Circumstances:
+    """Who salvaged what, when, for whom; all that the files do not say."""
+
+    primary: str
+    secondary: str
+    operator: str
+    at_ns: int
+    release: str
+
+
+@dataclass(frozen=True, slots=True)
+class LossStatement:
+    """The account of one salvage, or, while ``generation`` is None, of what a salvage would do."""
+
+    transfer: UUID
+    volume: UUID
+    volume_name: str
+    base: GenerationId
+    target: GenerationId
+    base_taken_ns: int
+    target_taken_ns: int
+    generation: GenerationId | None  # the salvaged generation that the secondary committed
+    circumstances: Circumstances
+    deletions: Deletions
+    complete: bool
+    files: FileTotals
+    bytes: ByteTotals
+    seconds: Seconds
+    verified_files: int
+    verified_bytes: int
+    broken_sets: tuple[BrokenSet, ...]
+    picture: Picture
+    accounts: tuple[FileAccount, ...]
+
+    @property
+    def lost(self) -> list[FileAccount]:
+        """The files that are not as the target has them, deletions that were applied apart."""
+        return [account for account in self.accounts if account.outcome not in {Outcome.RECOVERED, Outcome.DELETED}]
+
+
+def state(
+    dmi: Dmi,
+    arrival: ArrivalRecord,
+    determination: Determination,
+    circumstances: Circumstances,
+    seconds: Seconds,
+    *,
+    salvaged: Salvaged | None = None,
+    priorities: tuple[tuple[str, int], ...] = (),
+) -> LossStatement:
+    """Return the account: the verdicts, and where the secondary says otherwise (``salvaged``), its word."""
+    said = {found.file: found for found in salvaged.exceptions} if salvaged else {}
+    accounts = tuple(_account(dmi, determination, int(row), said.get(int(row))) for row in determination.reported)
+    complete_blocks = dmi.block_count.astype(np.uint64)[arrival.complete]
+    head = dmi.head
+    return LossStatement(
+        transfer=head.transfer,
+        volume=head.target.volume,
+        volume_name=head.volume_name,
+        base=head.base,
+        target=head.target,
+        base_taken_ns=head.base_taken_ns,
+        target_taken_ns=head.target_taken_ns,
+        generation=salvaged.generation.id if salvaged else None,
+        circumstances=circumstances,
+        deletions=determination.deletions,
+        complete=determination.complete and not any(found.outcome is not Outcome.RECOVERED for found in said.values()),
+        files=_totals(accounts),
+        bytes=ByteTotals(
+            changed=int(dmi.block_count.sum(dtype=np.uint64)) * BLOCK_BYTES,
+            arrived=int(complete_blocks.sum()) * BLOCK_BYTES,
+            recovered=sum(account.size_bytes for account in accounts if account.outcome is Outcome.RECOVERED),
+        ),
+        seconds=seconds,
+        verified_files=salvaged.verified_files if salvaged else 0,
+        verified_bytes=salvaged.verified_bytes if salvaged else 0,
+        broken_sets=determination.broken_sets,
+        picture=Picture(_by_address(dmi, arrival), _by_send_order(dmi, determination, priorities)),
+        accounts=accounts,
+    )
+
+
+def _account(dmi: Dmi, determination: Determination, row: int, said: FileOutcome | None) -> FileAccount:
+    base, target = (_texts(path for _, path in dmi.names(row, side)) for side in (Side.BASE, Side.TARGET))
+    deleted = bool(dmi.change[row] & Change.DELETED)
+    needed, arrived = int(determination.needed[row]), int(determination.arrived[row])
+    reason = Reason(int(determination.reason[row]))
+    sentence = reason.sentence
+    if reason in {Reason.PIECES_MISSING, Reason.NEW_PIECES_MISSING}:
+        sentence = f"{sentence} ({needed - arrived} of {needed} pieces missing)"
+    return FileAccount(
+        row=row,
+        paths=base if deleted else target,
+        base_paths=() if deleted or base == target else base,
+        kind=FileKind(int(dmi.kind[row])).name.lower(),
+        outcome=said.outcome if said else OUTCOMES[determination.outcome[row]],
+        reason=said.reason if said else sentence,
+        size_bytes=int(dmi.size[row]),
+        digest=dmi.file_digest[row].tobytes().hex(),
+        mtime_ns=int(dmi.mtime_s[row]) * 10**9 + int(dmi.mtime_ns[row]),
+        pieces_needed=needed,
+        pieces_arrived=arrived,
+        found_at=said.path if said else "",
+    )
+
+
+def _texts(paths: Iterable[bytes]) -> tuple[str, ...]:
+    return tuple(path.decode("utf-8", "surrogateescape") for path in paths)
+
+
+def _totals(accounts: tuple[FileAccount, ...]) -> FileTotals:
+    counts = Counter(account.outcome for account in accounts)
+    return FileTotals(
+        changed=len(accounts),
+        recovered=counts[Outcome.RECOVERED],
+        kept_at_base=counts[Outcome.KEPT],
+        absent=counts[Outcome.ABSENT],
+        damaged=counts[Outcome.DAMAGED],
+        deleted=counts[Outcome.DELETED],
+        held=counts[Outcome.HELD],
+    )
+
+
+def _by_address(dmi: Dmi, arrival: ArrivalRecord) -> tuple[int, ...]:
+    """Return the share of changed blocks that arrived, for each equal part of the volume."""
+    cells = (dmi.op_block.astype(np.float64) * CELLS / dmi.head.volume_blocks).astype(np.int64)
+    return _shares(cells, dmi.block_count.astype(np.float64), arrival.complete)
+
+
+def _by_send_order(dmi: Dmi, determination: Determination, priorities: tuple[tuple[str, int], ...]) -> tuple[int, ...]:
+    """Return the share of pieces that arrived, for each equal part of the files in their order: priority, then smallest first."""
+    priority = np.zeros(dmi.file_total, dtype=np.int64)
+    for prefix, level in sorted(priorities, key=lambda entry: entry[1]):
+        priority[members_of(dmi, AtomicSet("", (prefix,)))] = level
+    needing = np.flatnonzero(determination.needed)
+    order = needing[np.lexsort((dmi.size[needing], -priority[needing]))]
+    needed = determination.needed[order].astype(np.float64)
+    cells = np.arange(len(order)) * CELLS // max(len(order), 1)
+    return _shares(cells, needed, determination.arrived[order] / np.maximum(needed, 1))
+
+
+def _shares(cells: NDArray[np.int64], weight: NDArray[np.float64], share: NDArray[np.float64] | NDArray[np.bool_]) -> tuple[int, ...]:
+    there = np.bincount(cells, weights=weight, minlength=CELLS)
+    came = np.bincount(cells, weights=weight * share, minlength=CELLS)
+    mille = np.where(there > 0, np.floor(1000 * came / np.maximum(there, 1)), NOTHING_THERE)
+    return tuple(int(value) for value in mille)
