@@ -17,6 +17,7 @@ from pathlib import Path
 
 from agent.contract.errors import KernelLacks, LabMissing
 from agent.system.clock import monotonic_s
+from agent.system.failpoint import failpoint
 from agent.system.run import run, start
 from mgmt.lab import control, network, processes, remains
 from mgmt.lab.control import ServiceStatus
@@ -84,11 +85,15 @@ def up(
         marker = Marker(pool_fs, pool_size_bytes, agents, complete=False)
         try:
             lab.write_marker(marker)
+            failpoint("lab.marked")
             network.create(lab)
+            failpoint("lab.network")
             enrol(lab)
             for node in NAS_NODES:
                 _make_pool(lab, node, marker)
+            failpoint("lab.disks")
             _boot(lab, list(NodeName))
+            failpoint("lab.booted")
             lab.write_marker(replace(marker, complete=True))
         except BaseException:
             remains.clear(lab)

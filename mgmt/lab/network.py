@@ -15,6 +15,7 @@ from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
 from agent.contract.errors import NotOurs
+from agent.system.failpoint import failpoint
 from agent.system.run import run
 from mgmt.lab.cuts import Pair, Port, ports
 from mgmt.lab.layout import NAMESPACES, Lab, NodeName
@@ -77,7 +78,9 @@ def _create_namespace(lab: Lab, name: str) -> None:
     path = NAMESPACES / name
     NAMESPACES.mkdir(parents=True, exist_ok=True)
     path.touch(mode=0o444, exist_ok=False)
+    failpoint("lab.namespace_named")
     run(["unshare", f"--net={path}", "true"])
+    failpoint("lab.namespace_made")
     with_links(name, lambda links: links.link("set", index=LOOPBACK_INDEX, state="up", ifalias=lab.alias))
 
 
