@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import permutations
@@ -138,16 +139,26 @@ def test_every_node_reaches_every_other(lab: Lab) -> None:
     assert reaches(lab, MGMT, NAS2, ipv6=True)
 
 
-def test_a_node_sees_its_own_folder_and_nothing_of_the_others(lab: Lab) -> None:
-    on(lab, NAS1, "touch", "/run/landfall/node/state/mine", "/run/mine", "/tmp/mine")
-    assert (lab.node(NAS1) / "state" / "mine").exists()
-    assert on(lab, NAS2, "ls", "/run/landfall/node/state", str(lab.directory)).split("\n\n")[0].endswith(":")
-    assert "mine" not in on(lab, NAS2, "sh", "-c", f"find /run /tmp {lab.directory} -name mine 2>/dev/null; true")
-    assert on(lab, NAS1, "hostname").strip() == "nas1"
-    pids = on(lab, NAS1, "sh", "-c", "ls -d /proc/[0-9]*").split()
+@pytest.fixture
+def elsewhere() -> Iterator[Lab]:
+    """A directory for a lab that is not below /tmp, which a node has an empty one of anyway."""
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as directory:
+        lab = Lab.at(Path(directory) / "lab")
+        yield lab
+        lifecycle.down(lab)
+
+
+def test_a_node_sees_its_own_folder_and_nothing_of_the_others(elsewhere: Lab) -> None:
+    lifecycle.up(elsewhere, pool_size_bytes=POOL_BYTES, agents=False)
+    on(elsewhere, NAS1, "touch", "/run/landfall/node/state/mine", "/run/mine", "/tmp/mine")
+    assert (elsewhere.node(NAS1) / "state" / "mine").exists()
+    assert on(elsewhere, NAS2, "find", "/run", "/tmp", str(elsewhere.directory), "-name", "mine") == ""
+    assert on(elsewhere, NAS2, "ls", str(elsewhere.directory)) == ""
+    assert on(elsewhere, NAS1, "hostname") == "nas1\n"
+    pids = on(elsewhere, NAS1, "sh", "-c", "ls -d /proc/[0-9]*").split()
     assert "/proc/1" in pids
     assert len(pids) < 10
-    assert lab.node(NAS1).stat().st_mode & 0o77 == 0 or lab.directory.stat().st_mode & 0o77 == 0
+    assert elsewhere.directory.stat().st_mode & 0o77 == 0
 
 
 @pytest.mark.parametrize("pool_fs", list(PoolFilesystem))
