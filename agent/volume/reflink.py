@@ -1,0 +1,459 @@
+"""The `reflink` substrate: every volume, generation and workspace is an image file in a pool on XFS or btrfs.
+
+    <pool>/landfall-pool                          the marker
+    <pool>/volumes/<uuid>/volume.json             VolumeRecord
+                          operational.img         only on the node that serves the volume
+                          generations/NAME.img    immutable, with NAME.json (GenerationFacts)
+                          workspaces/<transfer>.<kind>.img
+
+An image counts only with its record and a record only with its image; ``recover`` sweeps the rest. Everything is made under a name that
+begins with ``.new-`` and comes into being by one rename, with its content and then its folder made durable. Exclusion is by flock(2) on the
+image, held by the loop device itself (loop.py). A snapshot is FICLONE; what changed is the difference of two extent maps (extents.py).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from uuid import UUID
+
+from agent.contract.errors import (
+    BaseMismatch,
+    LayoutUnsupported,
+    NoSuchGeneration,
+    NoSuchTransfer,
+    NoSuchVolume,
+    NotOurs,
+    RequestRefused,
+    VolumeExists,
+)
+from agent.contract.identity import BLOCK_BYTES, GenerationId, GenerationKind, empty_generation, plain_name
+from agent.contract.messages import GenerationFacts, Role
+from agent.system import block, files
+from agent.system.failpoint import failpoint
+from agent.volume import extents
+from agent.volume.freeze import frozen, thaw_if_frozen
+from agent.volume.loop import attach, backs, lock, open_image
+from agent.volume.mounts import mount_on, mounts
+from agent.volume.pool import Pool, said_plainly
+from agent.volume.records import read_record, write_record
+from agent.volume.substrate import ChangedRuns, VolumeRecord, Workspace
+
+
+class ReflinkSubstrate:
+    """Keeps the contract of ``substrate.Substrate`` with image files."""
+
+    kind = "reflink"
+
+    def __init__(self, pool: Path) -> None:
+        """Open a pool; NotOurs if it does not carry the marker. ``recover`` is the caller's, once, before anything else."""
+        self.pool = Pool(pool)
+
+    @staticmethod
+    def initialise(pool: Path) -> None:
+        """Mark a folder on XFS or btrfs as a pool; nothing happens if it is one."""
+        Pool.initialise(pool)
+
+    @property
+    def differential_identity(self) -> str:
+        """UUID of the pool's filesystem."""
+        return str(self.pool.filesystem)
+
+    @property
+    def differential_device(self) -> Path:
+        """The block device below the pool; ``diff_block`` counts its blocks of 4096 bytes, also on btrfs."""
+        return self.pool.device
+
+    def free_bytes(self) -> int:
+        """Return how much can still be written into the pool."""
+        return self.pool.room_bytes()
+
+    # --- volumes ---
+
+    def volumes(self) -> tuple[VolumeRecord, ...]:
+        """Return every volume held here, by name."""
+        found = [read_record(record, VolumeRecord) for record in self.pool.volumes.glob("[!.]*/volume.json")]
+        return tuple(sorted(found, key=lambda record: (record.name, str(record.id))))
+
+    def volume(self, volume: UUID) -> VolumeRecord:
+        """Return the record of a volume; NoSuchVolume."""
+        return self._record(volume)
+
+    def create(self, record: VolumeRecord) -> None:
+        """Make a volume with g0; a primary also gets an empty operational image. VolumeExists, NoSpace.
+
+        If we die here there is the whole volume or what ``recover`` sweeps.
+        """
+        plain_name(record.name)
+        if record.size_bytes <= 0 or record.size_bytes % BLOCK_BYTES:
+            raise LayoutUnsupported(f"{record.size_bytes} bytes are no whole number of blocks", fix=f"Use a multiple of {BLOCK_BYTES}.")
+        if record.sector_bytes not in {512, 4096}:
+            raise LayoutUnsupported(f"sectors of {record.sector_bytes} bytes", fix="Use sectors of 512 or 4096 bytes.")
+        if any(held.id == record.id or held.name == record.name for held in self.volumes()):
+            raise VolumeExists(f"volume {record.name} ({record.id}) exists")
+        self.pool.need_room(0, f"volume {record.name}")
+        new = self.pool.volumes / f"{files.TEMPORARY_PREFIX}{record.id}-{secrets.token_hex(4)}"
+        failpoint("substrate.create.before")
+        with said_plainly(f"making volume {record.name}"), _removed_on_failure(new):
+            for folder in (new, new / "generations", new / "workspaces"):
+                folder.mkdir(mode=0o700)
+            empty = GenerationFacts(empty_generation(record.id), GenerationKind.EMPTY, 0)
+            _make_sparse(new / "generations" / f"{empty.id.name}.img", record.size_bytes)
+            write_record(new / "generations" / f"{empty.id.name}.json", empty)
+            if record.role is Role.PRIMARY:
+                _make_sparse(new / "operational.img", record.size_bytes)
+            write_record(new / "volume.json", record)
+            files.sync_directory(new)
+            failpoint("substrate.create.before_rename")
+            try:
+                files.rename_durably(new, self._folder(record.id))
+            except OSError as error:
+                if error.errno in {errno.ENOTEMPTY, errno.EEXIST}:
+                    raise VolumeExists(f"volume {record.name} ({record.id}) exists") from error
+                raise
+        failpoint("substrate.create.after")
+
+    def remove(self, volume: UUID) -> None:
+        """Destroy a volume with all it has; DeviceBusy while any image of it is in use. If we die here ``recover`` ends it."""
+        self._record(volume)
+        folder = self._folder(volume)
+        held: list[int] = []
+        try:
+            for image in (*folder.glob("*.img"), *folder.glob("*/*.img")):
+                held.append(open_image(image))
+                lock(held[-1], image, exclusive=True)
+            failpoint("substrate.remove.before")
+            gone = folder.with_name(f"{files.TEMPORARY_PREFIX}{volume}-{secrets.token_hex(4)}")
+            with said_plainly(f"removing volume {volume}"):
+                files.rename_durably(folder, gone)
+                failpoint("substrate.remove.renamed")
+                shutil.rmtree(gone)
+        finally:
+            for image_fd in held:
+                os.close(image_fd)
+
+    def set_role(self, volume: UUID, role: Role, epoch: int) -> None:
+        """Record the role and epoch durably."""
+        write_record(self._folder(volume) / "volume.json", replace(self._record(volume), role=role, epoch=epoch))
+
+    # --- generations ---
+
+    def generations(self, volume: UUID) -> tuple[GenerationFacts, ...]:
+        """Return the generations that have both image and record, oldest first, g0 included."""
+        self._record(volume)
+        folder = self._folder(volume) / "generations"
+        found = [read_record(image.with_suffix(".json"), GenerationFacts) for image in self._whole(folder)]
+        return tuple(sorted(found, key=lambda facts: (facts.id.counter, facts.id.epoch, facts.id.nonce)))
+
+    def take(self, volume: UUID, mount_point: Path | None, facts: GenerationFacts) -> float:
+        """Make the operational volume's state under a freeze a generation; return the freeze in milliseconds.
+
+        Without a mount point the volume must not be in use (DeviceBusy). NotOurs if something else is mounted there. If we die here
+        the guard thaws, and the clone, which has no record yet, is swept.
+        """
+        record = self._record(volume)
+        self._refuse_taken(facts)
+        operational, image = self._folder(volume) / "operational.img", self._image(facts.id)
+        self.pool.need_room(0, f"generation {facts.id.name}")
+        new = image.with_name(f"{files.TEMPORARY_PREFIX}{image.name}")
+        with said_plainly(f"taking generation {facts.id.name}"), _removed_on_failure(new, image.with_suffix(".json")):
+            with _opened(self._operational_image(volume)) as source, _made(new) as clone:
+                if mount_point is None:
+                    lock(source, operational, exclusive=True)
+                    milliseconds = 0.0
+                    os.fsync(source)
+                    block.clone(source, clone)
+                else:
+                    _refuse_other_mount(mount_point, operational)
+                    os.fsync(source)
+                    failpoint("substrate.take.before_freeze")
+                    with frozen(mount_point) as freeze:
+                        failpoint("substrate.take.frozen")
+                        block.clone(source, clone)
+                    milliseconds = freeze.milliseconds
+                    failpoint("substrate.take.after_thaw")
+                _refuse_size(clone, record, new)
+                os.fsync(clone)
+            failpoint("substrate.take.before_record")
+            write_record(image.with_suffix(".json"), facts)
+            failpoint("substrate.take.before_rename")
+            files.rename_durably(new, image)
+        failpoint("substrate.take.after")
+        return milliseconds
+
+    def drop(self, generation: GenerationId) -> None:
+        """Give up a generation; NoSuchGeneration if it is not held, DeviceBusy while it is read. g0 stays."""
+        image = self._held(generation)
+        if generation == empty_generation(generation.volume):
+            raise RequestRefused("g0 is the beginning of every volume and takes no room; it is not dropped")
+        with said_plainly(f"dropping generation {generation.name}"), _opened(image) as image_fd:
+            lock(image_fd, image, exclusive=True)
+            failpoint("substrate.drop.before")
+            files.remove_durably(image.with_suffix(".json"))
+            failpoint("substrate.drop.half")
+            files.remove_durably(image)
+        failpoint("substrate.drop.after")
+
+    def changed(self, base: GenerationId, target: GenerationId) -> ChangedRuns:
+        """Return the runs that differ, with the pre-images' addresses on ``differential_device``. BaseMismatch for two volumes.
+
+        The addresses hold for as long as the base is held and the pool is not balanced or defragmented.
+        """
+        if base.volume != target.volume:
+            raise BaseMismatch(f"{base.name} and {target.name} are of different volumes")
+        with _opened(self._held(base)) as base_fd, _opened(self._held(target)) as target_fd:
+            record = self._record(base.volume)
+            _refuse_size(base_fd, record, self._image(base))
+            _refuse_size(target_fd, record, self._image(target))
+            runs = extents.changed_runs(block.extent_map(base_fd), block.extent_map(target_fd))
+            if self.pool.kind == "btrfs":
+                runs = extents.on_device(runs, block.btrfs_chunks(base_fd))
+            return runs
+
+    def reading(self, generation: GenerationId) -> AbstractContextManager[Path]:
+        """Attach a generation read-only for as long as the context lasts, or a mount of it."""
+        return self._attached(self._held(generation), generation.volume, writable=False)
+
+    # --- the operational volume ---
+
+    def operational(self, volume: UUID) -> AbstractContextManager[Path]:
+        """Attach the operational image read-write, exclusively, for as long as the context lasts, or a mount of it. DeviceBusy."""
+        return self._attached(self._operational_image(volume), volume, writable=True)
+
+    def clone_operational(self, volume: UUID, generation: GenerationId) -> None:
+        """Make the operational image a clone of ``generation`` in one step; DeviceBusy if the old one is in use."""
+        if generation.volume != volume:
+            raise BaseMismatch(f"{generation.name} is of another volume")
+        self._clone(self._held(generation), self._folder(volume) / "operational.img", self._record(volume), "operational")
+
+    # --- workspaces ---
+
+    def begin(self, workspace: Workspace, base: GenerationId) -> None:
+        """Clone ``base`` as a workspace, replacing one of the same name (DeviceBusy if that is in use).
+
+        NoSpace leaves everything as it was. If we die here the old one stands, or the new one.
+        """
+        if base.volume != workspace.volume:
+            raise BaseMismatch(f"{base.name} is of another volume")
+        self._clone(self._held(base), self._workspace(workspace), self._record(base.volume), "begin")
+
+    def exists(self, workspace: Workspace) -> bool:
+        """Whether the workspace is there, whole."""
+        return self._workspace(workspace).is_file()
+
+    def writing(self, workspace: Workspace) -> AbstractContextManager[Path]:
+        """Attach a workspace read-write, exclusively; DeviceBusy if somebody else has it, NoSuchTransfer if it is not there."""
+        return self._attached(self._existing(workspace), workspace.volume, writable=True)
+
+    def commit(self, workspace: Workspace, facts: GenerationFacts) -> None:
+        """Make the workspace a generation by one rename. DeviceBusy while it is attached or mounted.
+
+        If we die before the rename it is a workspace still and its record without image is swept; after it, it is the generation.
+        """
+        source, image = self._existing(workspace), self._image(facts.id)
+        if facts.id.volume != workspace.volume:
+            raise BaseMismatch(f"{facts.id.name} is of another volume")
+        self._refuse_taken(facts)
+        with said_plainly(f"committing generation {facts.id.name}"), _opened(source) as image_fd:
+            lock(image_fd, source, exclusive=True)
+            _refuse_size(image_fd, self._record(workspace.volume), source)
+            os.fsync(image_fd)
+            write_record(image.with_suffix(".json"), facts)
+            failpoint("substrate.commit.before_rename")
+            files.rename_durably(source, image)
+        failpoint("substrate.commit.after_rename")
+
+    def replace(self, workspace: Workspace, generation: GenerationId) -> None:
+        """Let a healed workspace take the place of ``generation`` by one rename. DeviceBusy while the workspace is attached.
+
+        Who reads the old image meanwhile goes on reading the old one. If we die here the generation is the old or the healed one.
+        """
+        source, image = self._existing(workspace), self._held(generation)
+        if generation.volume != workspace.volume:
+            raise BaseMismatch(f"{generation.name} is of another volume")
+        with said_plainly(f"replacing generation {generation.name}"), _opened(source) as image_fd:
+            lock(image_fd, source, exclusive=True)
+            _refuse_size(image_fd, self._record(workspace.volume), source)
+            os.fsync(image_fd)
+            failpoint("substrate.replace.before")
+            files.rename_durably(source, image)
+        failpoint("substrate.replace.after")
+
+    def discard(self, workspace: Workspace) -> None:
+        """Remove a workspace if it is there; DeviceBusy while it is in use."""
+        image = self._workspace(workspace)
+        if not self.exists(workspace):
+            return
+        with said_plainly(f"discarding {image.name}"), _opened(image) as image_fd:
+            lock(image_fd, image, exclusive=True)
+            failpoint("substrate.discard.before")
+            files.remove_durably(image)
+        failpoint("substrate.discard.after")
+
+    # --- after a crash ---
+
+    def recover(self) -> None:
+        """Thaw what is frozen of ours, sweep what a crash left half made. Idempotent; nothing else of this pool may be at work."""
+        for folder in self.pool.volumes.glob("[!.]*"):
+            self._thaw(folder / "operational.img")
+        with said_plainly("sweeping the pool"):
+            files.sweep(self.pool.path)
+            for left in self.pool.volumes.glob(f"{files.TEMPORARY_PREFIX}*"):
+                shutil.rmtree(left)
+            for folder in self.pool.volumes.glob("[!.]*"):
+                for inner in (folder, folder / "generations", folder / "workspaces"):
+                    files.sweep(inner)
+                whole = {path.stem for path in self._whole(folder / "generations")}
+                for path in (folder / "generations").iterdir():
+                    if path.suffix in {".img", ".json"} and path.stem not in whole:
+                        path.unlink()
+                files.sync_directory(folder / "generations")
+
+    # --- steps ---
+
+    def _folder(self, volume: UUID) -> Path:
+        return self.pool.volumes / str(volume)
+
+    def _record(self, volume: UUID) -> VolumeRecord:
+        try:
+            record = read_record(self._folder(volume) / "volume.json", VolumeRecord)
+        except FileNotFoundError as error:
+            raise NoSuchVolume(f"no volume {volume} here") from error
+        if record.id != volume:
+            raise NotOurs(f"the folder of volume {volume} holds the record of {record.id}")
+        return record
+
+    def _image(self, generation: GenerationId) -> Path:
+        return self._folder(generation.volume) / "generations" / f"{generation.name}.img"
+
+    def _workspace(self, workspace: Workspace) -> Path:
+        return self._folder(workspace.volume) / "workspaces" / f"{workspace.transfer}.{workspace.kind}.img"
+
+    def _existing(self, workspace: Workspace) -> Path:
+        self._record(workspace.volume)
+        if not self.exists(workspace):
+            raise NoSuchTransfer(f"there is no {workspace.kind} volume of transfer {workspace.transfer}")
+        return self._workspace(workspace)
+
+    def _operational_image(self, volume: UUID) -> Path:
+        self._record(volume)
+        image = self._folder(volume) / "operational.img"
+        if not image.is_file():
+            raise NoSuchVolume(f"volume {volume} has no operational image here", fix="Serve it first, or ask the node that does.")
+        return image
+
+    def _held(self, generation: GenerationId) -> Path:
+        """Return the image of a generation that agrees in all four fields."""
+        if not any(facts.id == generation for facts in self.generations(generation.volume)):
+            raise NoSuchGeneration(f"generation {generation.name} of volume {generation.volume} is not held here")
+        return self._image(generation)
+
+    @staticmethod
+    def _whole(folder: Path) -> list[Path]:
+        return [image for image in folder.glob("g*.img") if image.with_suffix(".json").is_file()]
+
+    def _refuse_taken(self, facts: GenerationFacts) -> None:
+        if any(held.id.name == facts.id.name for held in self.generations(facts.id.volume)):
+            raise RequestRefused(f"generation {facts.id.name} is here already")
+
+    @contextmanager
+    def _attached(self, image: Path, volume: UUID, *, writable: bool) -> Iterator[Path]:
+        record = self._record(volume)
+        with said_plainly(f"attaching {image.name}"), _opened(image) as image_fd:
+            _refuse_size(image_fd, record, image)
+        with attach(image, writable=writable, sector_bytes=record.sector_bytes) as device:
+            yield device
+
+    def _clone(self, source: Path, destination: Path, record: VolumeRecord, step: str) -> None:
+        """Clone an image under another name in one durable step, replacing what has that name and is not in use."""
+        self.pool.need_room(0, destination.name)
+        new = destination.with_name(f"{files.TEMPORARY_PREFIX}{destination.name}")
+        with said_plainly(f"cloning {source.name}"), _removed_on_failure(new), _locked_if_there(destination):
+            failpoint(f"substrate.{step}.before")
+            with _opened(source) as source_fd, _made(new) as clone_fd:
+                _refuse_size(source_fd, record, source)
+                os.fsync(source_fd)
+                block.clone(source_fd, clone_fd)
+                os.fsync(clone_fd)
+            failpoint(f"substrate.{step}.before_rename")
+            files.rename_durably(new, destination)
+        failpoint(f"substrate.{step}.after")
+
+    def _thaw(self, operational: Path) -> None:
+        """Thaw every mount of an operational image that a dead freezer left frozen."""
+        if not operational.exists():
+            return
+        for mount in mounts():
+            if mount.source.startswith("/dev/loop") and Path(mount.source).exists() and backs(Path(mount.source), operational):
+                thaw_if_frozen(mount.mount_point)
+
+
+@contextmanager
+def _opened(image: Path) -> Iterator[int]:
+    image_fd = open_image(image)
+    try:
+        yield image_fd
+    finally:
+        os.close(image_fd)
+
+
+@contextmanager
+def _made(image: Path) -> Iterator[int]:
+    """Make an empty image; the name is ours alone, so what a crash left under it goes."""
+    image.unlink(missing_ok=True)
+    image_fd = os.open(image, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        yield image_fd
+    finally:
+        os.close(image_fd)
+
+
+@contextmanager
+def _locked_if_there(image: Path) -> Iterator[None]:
+    if not image.exists():
+        yield
+        return
+    with _opened(image) as image_fd:
+        lock(image_fd, image, exclusive=True)
+        yield
+
+
+@contextmanager
+def _removed_on_failure(*made: Path) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        for path in made:
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+        raise
+
+
+def _make_sparse(image: Path, size_bytes: int) -> None:
+    with _made(image) as image_fd:
+        os.truncate(image_fd, size_bytes)
+        os.fsync(image_fd)
+
+
+def _refuse_size(image_fd: int, record: VolumeRecord, image: Path) -> None:
+    size_bytes = os.fstat(image_fd).st_size
+    if size_bytes != record.size_bytes:
+        raise BaseMismatch(
+            f"{image.name} has {size_bytes} bytes, volume {record.name} has {record.size_bytes}",
+            fix="Replicate in full into a volume of the right size.",
+        )
+
+
+def _refuse_other_mount(mount_point: Path, operational: Path) -> None:
+    """Refuse to freeze a filesystem that is not on our operational image."""
+    mount = mount_on(mount_point)
+    if mount is None or not mount.source.startswith("/dev/") or not backs(Path(mount.source), operational):
+        raise NotOurs(f"{mount_point} is not a mount of {operational}", cause=f"mounted there: {mount.source if mount else 'nothing'}")

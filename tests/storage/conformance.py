@@ -1,0 +1,544 @@
+"""What every substrate must do, whatever it is made of. A module with a `substrate` fixture subclasses these and runs them.
+
+``Bench`` is a substrate on a pool of its own; ``again()`` opens it anew in this process, and ``in_child`` runs one operation in a process
+that a failpoint kills.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from uuid import UUID, uuid4
+
+import numpy as np
+import pytest
+
+from agent.contract.dmi import HOLE
+from agent.contract.errors import (
+    BaseMismatch,
+    DeviceBusy,
+    LandfallError,
+    LayoutUnsupported,
+    NameRefused,
+    NoSuchGeneration,
+    NoSuchTransfer,
+    NoSuchVolume,
+    RequestRefused,
+    VolumeExists,
+)
+from agent.contract.identity import (
+    BLOCK_BYTES,
+    FilesystemKind,
+    GenerationId,
+    GenerationKind,
+    empty_generation,
+    next_generation,
+)
+from agent.contract.messages import GenerationFacts, Role
+from agent.volume.substrate import ChangedRuns, Substrate, VolumeRecord, Workspace, WorkspaceKind
+
+VOLUME_BYTES = 64 << 20
+BLOCKS = VOLUME_BYTES // BLOCK_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """A substrate under test, how to open it anew, and what was left of its pool's room."""
+
+    open: Callable[[], Substrate]
+    opener: str  # Python that defines `substrate`, for a child process
+
+
+def record(role: Role = Role.PRIMARY, **changes: Any) -> VolumeRecord:
+    made = VolumeRecord(uuid4(), f"v{os.urandom(4).hex()}", FilesystemKind.EXT4, VOLUME_BYTES, 512, role, 1)
+    return replace(made, **changes)
+
+
+def facts_after(substrate: Substrate, volume: UUID, kind: GenerationKind = GenerationKind.FROZEN) -> GenerationFacts:
+    return GenerationFacts(next_generation(volume, 1, substrate.generations(volume)[-1].id.counter), kind, 1)
+
+
+def write(device: Path, block: int, content: bytes) -> None:
+    with open(device, "r+b", buffering=0) as file:
+        assert os.pwrite(file.fileno(), content, block * BLOCK_BYTES) == len(content)
+        os.fsync(file.fileno())
+
+
+def read(device: Path, block: int = 0, blocks: int = BLOCKS) -> bytes:
+    with open(device, "rb", buffering=0) as file:
+        parts, at, end = [], block * BLOCK_BYTES, (block + blocks) * BLOCK_BYTES
+        while at < end:
+            parts.append(os.pread(file.fileno(), end - at, at))
+            assert parts[-1], "short device"
+            at += len(parts[-1])
+    return b"".join(parts)
+
+
+def block_of(text: str) -> bytes:
+    return text.encode().ljust(BLOCK_BYTES, b".")
+
+
+def content(substrate: Substrate, generation: GenerationId) -> bytes:
+    with substrate.reading(generation) as device:
+        return read(device)
+
+
+def blocks_of(runs: ChangedRuns) -> set[int]:
+    return {first + n for first, count in zip(runs.first.tolist(), runs.blocks.tolist(), strict=True) for n in range(count)}
+
+
+def differing(one: bytes, other: bytes) -> set[int]:
+    pair = (np.frombuffer(raw, np.uint8).reshape(-1, BLOCK_BYTES) for raw in (one, other))
+    return set(np.flatnonzero((next(pair) != next(pair)).any(axis=1)).tolist())
+
+
+def taken(substrate: Substrate, volume: UUID, changes: dict[int, bytes]) -> GenerationFacts:
+    """Writes blocks into the operational volume and takes a generation of it."""
+    with substrate.operational(volume) as device:
+        for block, new in changes.items():
+            write(device, block, new)
+    facts = facts_after(substrate, volume)
+    substrate.take(volume, None, facts)
+    return facts
+
+
+class SubstrateConformance:
+    """One class for all: a subclass gives the fixture ``bench``."""
+
+    @pytest.fixture
+    def substrate(self, bench: Bench) -> Substrate:
+        return bench.open()
+
+    # --- volumes ---
+
+    def test_a_new_volume_has_g0_and_a_primary_has_an_operational_image(self, substrate: Substrate) -> None:
+        primary, secondary = record(), record(Role.SECONDARY)
+        substrate.create(primary)
+        substrate.create(secondary)
+        assert {held.id: held for held in substrate.volumes()} == {primary.id: primary, secondary.id: secondary}
+        assert [held.id for held in substrate.generations(primary.id)] == [empty_generation(primary.id)]
+        assert content(substrate, empty_generation(primary.id)) == bytes(VOLUME_BYTES)
+        with substrate.operational(primary.id) as device:
+            assert read(device) == bytes(VOLUME_BYTES)
+        with pytest.raises(NoSuchVolume), substrate.operational(secondary.id):
+            pass
+
+    def test_a_volume_is_refused_twice_and_by_name(self, substrate: Substrate) -> None:
+        first = record()
+        substrate.create(first)
+        with pytest.raises(VolumeExists):
+            substrate.create(first)
+        with pytest.raises(VolumeExists):
+            substrate.create(record(name=first.name))
+        with pytest.raises(NameRefused):
+            substrate.create(record(name="../x"))
+        assert substrate.volumes() == (first,)
+
+    def test_E20_E21_sizes_and_sectors_that_cannot_be_are_refused(self, substrate: Substrate) -> None:
+        for changes in ({"size_bytes": 0}, {"size_bytes": VOLUME_BYTES + 512}, {"sector_bytes": 1024}):
+            with pytest.raises(LayoutUnsupported):
+                substrate.create(record(**changes))
+        assert substrate.volumes() == ()
+
+    def test_E21_sectors_of_4096_bytes(self, substrate: Substrate) -> None:
+        volume = record(sector_bytes=4096)
+        substrate.create(volume)
+        with substrate.operational(volume.id) as device, open(device, "rb", buffering=0) as file:
+            from agent.system import block
+
+            assert block.sector_bytes(file.fileno()) == 4096
+
+    def test_what_is_not_held_is_refused_by_name_of_the_fact(self, substrate: Substrate) -> None:
+        volume = record()
+        workspace = Workspace(volume.id, uuid4(), WorkspaceKind.LANDING)
+        with pytest.raises(NoSuchVolume):
+            substrate.generations(volume.id)
+        with pytest.raises(NoSuchVolume):
+            substrate.remove(volume.id)
+        with pytest.raises(NoSuchVolume):
+            substrate.begin(workspace, empty_generation(volume.id))
+        substrate.create(volume)
+        other = next_generation(volume.id, 1, 3)
+        with pytest.raises(NoSuchGeneration), substrate.reading(other):
+            pass
+        with pytest.raises(NoSuchGeneration):
+            substrate.drop(other)
+        with pytest.raises(NoSuchTransfer), substrate.writing(workspace):
+            pass
+        with pytest.raises(NoSuchTransfer):
+            substrate.commit(workspace, facts_after(substrate, volume.id))
+
+    def test_a_generation_is_held_only_if_all_four_fields_agree(self, substrate: Substrate) -> None:
+        volume = record()
+        substrate.create(volume)
+        held = taken(substrate, volume.id, {0: block_of("a")}).id
+        for other in (replace(held, epoch=2), replace(held, nonce=held.nonce[:8] + "0" * 24)):
+            with pytest.raises(NoSuchGeneration):
+                substrate.drop(other)
+
+    def test_role_and_epoch_are_remembered(self, bench: Bench, substrate: Substrate) -> None:
+        volume = record()
+        substrate.create(volume)
+        substrate.set_role(volume.id, Role.SECONDARY, 7)
+        assert bench.open().volumes() == (replace(volume, role=Role.SECONDARY, epoch=7),)
+
+    def test_removal_waits_for_users_and_leaves_nothing(self, substrate: Substrate) -> None:
+        volume = record()
+        substrate.create(volume)
+        with substrate.reading(empty_generation(volume.id)), pytest.raises(DeviceBusy):
+            substrate.remove(volume.id)
+        assert substrate.volumes() == (volume,)
+        substrate.remove(volume.id)
+        assert substrate.volumes() == ()
+        substrate.create(volume)
+
+    # --- generations ---
+
+    def test_a_generation_stays_what_it_was(self, bench: Bench, substrate: Substrate) -> None:
+        volume = record()
+        substrate.create(volume)
+        one = taken(substrate, volume.id, {3: block_of("one"), 9: block_of("same")})
+        two = taken(substrate, volume.id, {3: block_of("two"), BLOCKS - 1: block_of("last")})
+        assert substrate.generations(volume.id)[1:] == (one, two)
+        assert bench.open().generations(volume.id) == substrate.generations(volume.id)
+        first, second = content(substrate, one.id), content(substrate, two.id)
+        assert first[3 * BLOCK_BYTES :][:BLOCK_BYTES] == block_of("one")
+        assert second[3 * BLOCK_BYTES :][:BLOCK_BYTES] == block_of("two")
+        assert differing(first, second) == {3, BLOCKS - 1}
+
+    def test_a_generation_cannot_be_written(self, substrate: Substrate) -> None:
+        volume = record()
+        substrate.create(volume)
+        with substrate.reading(empty_generation(volume.id)) as device, pytest.raises(OSError, match="not permitted|Read-only"):
+            write(device, 0, block_of("x"))
+
+    def test_taking_needs_the_operational_volume_to_itself(self, substrate: Substrate) -> None:
+        volume = record()
+        substrate.create(volume)
+        with substrate.operational(volume.id), pytest.raises(DeviceBusy):
+            substrate.take(volume.id, None, facts_after(substrate, volume.id))
+        with substrate.operational(volume.id), pytest.raises(DeviceBusy), substrate.operational(volume.id):
+            pass
+        assert len(substrate.generations(volume.id)) == 1
+
+    def test_a_generation_is_not_taken_twice(self, substrate: Substrate) -> None:
+        volume = record()
+        substrate.create(volume)
+        facts = taken(substrate, volume.id, {0: block_of("a")})
+        with pytest.raises(RequestRefused):
+            substrate.take(volume.id, None, facts)
+
+    def test_A10_dropping_one_leaves_the_others_comparable(self, substrate: Substrate) -> None:
+        volume = record()
+        substrate.create(volume)
+        kept = [taken(substrate, volume.id, {n: block_of(f"{n}")}).id for n in range(3)]
+        with substrate.reading(kept[0]), pytest.raises(DeviceBusy):
+            substrate.drop(kept[0])
+        substrate.drop(kept[0])
+        with pytest.raises(NoSuchGeneration):
+            content(substrate, kept[0])
+        assert blocks_of(substrate.changed(kept[1], kept[2])) == {2}
+        with pytest.raises(RequestRefused):
+            substrate.drop(empty_generation(volume.id))
+
+    # --- what changed ---
+
+    def test_changed_runs_are_exact_and_name_the_pre_image(self, substrate: Substrate) -> None:
+        volume = record()
+        substrate.create(volume)
+        random = np.random.default_rng(1)
+        before = {int(block): random.bytes(BLOCK_BYTES) for block in random.integers(0, BLOCKS, 300)}
+        after = {int(block): random.bytes(BLOCK_BYTES) for block in random.integers(0, BLOCKS, 300)}
+        base, target = taken(substrate, volume.id, before).id, taken(substrate, volume.id, after).id
+        runs = substrate.changed(base, target)
+        assert (runs.first[1:] >= runs.first[:-1] + runs.blocks[:-1]).all()
+        assert blocks_of(runs) == set(after)
+        assert not runs.target_hole.any()
+        with open(substrate.differential_device, "rb", buffering=0) as pool:
+            for first, count, address in zip(runs.first.tolist(), runs.blocks.tolist(), runs.diff_block.tolist(), strict=True):
+                for n in range(count):
+                    if address == HOLE:
+                        assert first + n not in before
+                    else:
+                        assert os.pread(pool.fileno(), BLOCK_BYTES, (address + n) * BLOCK_BYTES) == before[first + n]
+
+    def test_against_g0_everything_the_target_has_is_changed(self, substrate: Substrate) -> None:
+        volume = record()
+        substrate.create(volume)
+        target = taken(substrate, volume.id, {n: block_of(f"{n}") for n in (0, 1, 2, 700)}).id
+        runs = substrate.changed(empty_generation(volume.id), target)
+        assert blocks_of(runs) == {0, 1, 2, 700}
+        assert set(runs.diff_block.tolist()) == {HOLE}
+
+    def test_nothing_changed(self, substrate: Substrate) -> None:
+        volume = record()
+        substrate.create(volume)
+        base, target = taken(substrate, volume.id, {1: block_of("a")}).id, taken(substrate, volume.id, {}).id
+        assert len(substrate.changed(base, target).first) == 0
+
+    def test_E25_discarded_blocks_are_holes_of_the_target(self, substrate: Substrate) -> None:
+        volume = record()
+        substrate.create(volume)
+        base = taken(substrate, volume.id, {n: block_of(f"{n}") for n in range(64)}).id
+        with substrate.operational(volume.id) as device:
+            subprocess.run(["blkdiscard", "-o", str(16 * BLOCK_BYTES), "-l", str(16 * BLOCK_BYTES), device], check=True)
+        target = taken(substrate, volume.id, {}).id
+        runs = substrate.changed(base, target)
+        assert blocks_of(runs) == set(range(16, 32))
+        assert runs.target_hole.all()
+        assert content(substrate, target)[16 * BLOCK_BYTES :][: 16 * BLOCK_BYTES] == bytes(16 * BLOCK_BYTES)
+
+    def test_E18_generations_of_two_volumes_are_never_compared_or_mixed(self, substrate: Substrate) -> None:
+        one, other = record(), record()
+        substrate.create(one)
+        substrate.create(other)
+        with pytest.raises(BaseMismatch):
+            substrate.changed(empty_generation(one.id), empty_generation(other.id))
+        workspace = Workspace(one.id, uuid4(), WorkspaceKind.LANDING)
+        with pytest.raises(BaseMismatch):
+            substrate.begin(workspace, empty_generation(other.id))
+        substrate.begin(workspace, empty_generation(one.id))
+        with pytest.raises(BaseMismatch):
+            substrate.commit(workspace, facts_after(substrate, other.id))
+
+    # --- workspaces ---
+
+    def test_a_workspace_becomes_a_generation_and_the_base_stays(self, bench: Bench, substrate: Substrate) -> None:
+        volume = record(Role.SECONDARY)
+        substrate.create(volume)
+        workspace = Workspace(volume.id, uuid4(), WorkspaceKind.LANDING)
+        assert not substrate.exists(workspace)
+        substrate.begin(workspace, empty_generation(volume.id))
+        assert substrate.exists(workspace)
+        with substrate.writing(workspace) as device:
+            write(device, 5, block_of("landed"))
+        facts = facts_after(substrate, volume.id, GenerationKind.COMMITTED)
+        substrate.commit(workspace, facts)
+        assert not substrate.exists(workspace)
+        assert bench.open().generations(volume.id)[-1] == facts
+        assert content(substrate, facts.id)[5 * BLOCK_BYTES :][:BLOCK_BYTES] == block_of("landed")
+        assert content(substrate, empty_generation(volume.id)) == bytes(VOLUME_BYTES)
+        assert blocks_of(substrate.changed(empty_generation(volume.id), facts.id)) == {5}
+
+    def test_E19_a_workspace_has_one_writer_and_is_not_committed_under_it(self, substrate: Substrate) -> None:
+        volume = record(Role.SECONDARY)
+        substrate.create(volume)
+        workspace = Workspace(volume.id, uuid4(), WorkspaceKind.LANDING)
+        substrate.begin(workspace, empty_generation(volume.id))
+        with substrate.writing(workspace):
+            with pytest.raises(DeviceBusy), substrate.writing(workspace):
+                pass
+            with pytest.raises(DeviceBusy):
+                substrate.commit(workspace, facts_after(substrate, volume.id))
+            with pytest.raises(DeviceBusy):
+                substrate.discard(workspace)
+            with pytest.raises(DeviceBusy):
+                substrate.begin(workspace, empty_generation(volume.id))
+        assert len(substrate.generations(volume.id)) == 1
+        assert substrate.exists(workspace)
+
+    def test_beginning_again_replaces_the_workspace(self, substrate: Substrate) -> None:
+        volume = record(Role.SECONDARY)
+        substrate.create(volume)
+        workspace = Workspace(volume.id, uuid4(), WorkspaceKind.SALVAGE)
+        substrate.begin(workspace, empty_generation(volume.id))
+        with substrate.writing(workspace) as device:
+            write(device, 1, block_of("old"))
+        substrate.begin(workspace, empty_generation(volume.id))
+        with substrate.writing(workspace) as device:
+            assert read(device) == bytes(VOLUME_BYTES)
+        substrate.discard(workspace)
+        substrate.discard(workspace)
+        assert not substrate.exists(workspace)
+
+    def test_a_healed_base_takes_the_place_of_the_damaged_one(self, substrate: Substrate) -> None:
+        volume = record()
+        substrate.create(volume)
+        facts = taken(substrate, volume.id, {2: block_of("rotten"), 3: block_of("sound")})
+        workspace = Workspace(volume.id, uuid4(), WorkspaceKind.HEALED)
+        substrate.begin(workspace, facts.id)
+        with substrate.writing(workspace) as device:
+            write(device, 2, block_of("healed"))
+        substrate.replace(workspace, facts.id)
+        assert not substrate.exists(workspace)
+        assert substrate.generations(volume.id)[-1] == facts
+        assert content(substrate, facts.id)[2 * BLOCK_BYTES :][: 2 * BLOCK_BYTES] == block_of("healed") + block_of("sound")
+
+    def test_the_operational_image_is_cloned_from_a_generation(self, substrate: Substrate) -> None:
+        volume = record(Role.SECONDARY)
+        substrate.create(volume)
+        workspace = Workspace(volume.id, uuid4(), WorkspaceKind.LANDING)
+        substrate.begin(workspace, empty_generation(volume.id))
+        with substrate.writing(workspace) as device:
+            write(device, 4, block_of("served"))
+        facts = facts_after(substrate, volume.id, GenerationKind.COMMITTED)
+        substrate.commit(workspace, facts)
+        substrate.clone_operational(volume.id, facts.id)
+        with substrate.operational(volume.id) as device:
+            assert read(device, 4, 1) == block_of("served")
+            write(device, 4, block_of("changed"))
+            with pytest.raises(DeviceBusy):
+                substrate.clone_operational(volume.id, facts.id)
+        assert content(substrate, facts.id)[4 * BLOCK_BYTES :][:BLOCK_BYTES] == block_of("served")
+
+    # --- crashes ---
+
+    CRASHES = (
+        ("create", "substrate.create.before_rename"),
+        ("create", "substrate.create.after"),
+        ("remove", "substrate.remove.before"),
+        ("remove", "substrate.remove.renamed"),
+        ("take", "substrate.take.before_record"),
+        ("take", "substrate.take.before_rename"),
+        ("take", "files.before_rename"),
+        ("take", "substrate.take.after"),
+        ("drop", "substrate.drop.before"),
+        ("drop", "substrate.drop.half"),
+        ("drop", "substrate.drop.after"),
+        ("begin", "substrate.begin.before"),
+        ("begin", "substrate.begin.before_rename"),
+        ("begin", "substrate.begin.after"),
+        ("commit", "files.before_rename"),
+        ("commit", "substrate.commit.before_rename"),
+        ("commit", "substrate.commit.after_rename"),
+        ("replace", "substrate.replace.before"),
+        ("replace", "substrate.replace.after"),
+        ("discard", "substrate.discard.before"),
+        ("discard", "substrate.discard.after"),
+        ("clone_operational", "substrate.operational.before"),
+        ("clone_operational", "substrate.operational.before_rename"),
+        ("clone_operational", "substrate.operational.after"),
+    )
+
+    @pytest.mark.parametrize(("operation", "point"), CRASHES)
+    def test_A11_a_crash_leaves_the_state_before_or_after(self, bench: Bench, tmp_path: Path, operation: str, point: str) -> None:
+        substrate = bench.open()
+        volume = record()
+        substrate.create(volume)
+        base = taken(substrate, volume.id, {1: block_of("base")})
+        workspace = Workspace(volume.id, UUID(int=7), WorkspaceKind.LANDING)
+        substrate.begin(workspace, base.id)
+        with substrate.writing(workspace) as device:
+            write(device, 1, block_of("landed"))
+        other = record()
+        call = {
+            "create": f"substrate.create({other!r})",
+            "remove": f"substrate.remove({volume.id!r})",
+            "take": f"substrate.take({volume.id!r}, None, {facts_after(substrate, volume.id)!r})",
+            "drop": f"substrate.drop({base.id!r})",
+            "begin": f"substrate.begin({replace(workspace, kind=WorkspaceKind.SALVAGE)!r}, {base.id!r})",
+            "commit": f"substrate.commit({workspace!r}, {facts_after(substrate, volume.id)!r})",
+            "replace": f"substrate.replace({workspace!r}, {base.id!r})",
+            "discard": f"substrate.discard({workspace!r})",
+            "clone_operational": f"substrate.clone_operational({volume.id!r}, {base.id!r})",
+        }[operation]
+        before = state(substrate)
+        trace = tmp_path / "trace"
+        status = in_child(bench, call, f"{point}=kill", trace)
+        assert status == -9, "the failpoint was not reached"
+        assert trace.read_text().splitlines()[-1] == point
+        survivor = bench.open()
+        survivor.recover()
+        crashed = state(survivor)
+        survivor.recover()
+        assert state(survivor) == crashed
+        assert self.leftovers(survivor) == []
+        if crashed == before:
+            assert in_child(bench, call) == 0
+            assert state(survivor) != before or operation == "clone_operational"
+        else:
+            assert after_of(operation, before, crashed, volume.id, workspace)
+
+    def leftovers(self, substrate: Substrate) -> list[str]:
+        """What lies in the pool that no record accounts for; a substrate's own tests say how to look."""
+        return []
+
+
+def state(substrate: Substrate) -> dict[str, Any]:
+    """Everything a user of the substrate can see, with contents."""
+    seen: dict[str, Any] = {}
+    for volume in substrate.volumes():
+        seen[f"{volume.id}"] = volume
+        for facts in substrate.generations(volume.id):
+            seen[f"{volume.id}/{facts.id.name}"] = (facts, hash(content(substrate, facts.id)))
+        for kind in WorkspaceKind:
+            workspace = Workspace(volume.id, UUID(int=7), kind)
+            if substrate.exists(workspace):
+                with substrate.writing(workspace) as device:
+                    seen[f"{volume.id}/{kind}"] = hash(read(device))
+        try:
+            with substrate.operational(volume.id) as device:
+                seen[f"{volume.id}/operational"] = hash(read(device))
+        except LandfallError:
+            pass
+    return seen
+
+
+def after_of(operation: str, before: dict[str, Any], after: dict[str, Any], volume: UUID, workspace: Workspace) -> bool:
+    """Whether ``after`` is what the whole operation makes of ``before``."""
+    gone, new = before.keys() - after.keys(), after.keys() - before.keys()
+    changed = {key for key in before.keys() & after.keys() if before[key] != after[key]}
+    landing = f"{volume}/{workspace.kind}"
+    match operation:
+        case "create":
+            return not gone and not changed and len(new) == 3
+        case "remove":
+            return all(key.startswith(str(volume)) for key in gone) and str(volume) in gone and not new and not changed
+        case "take":
+            return not gone and not changed and len(new) == 1
+        case "drop":
+            return len(gone) == 1 and not new and not changed
+        case "begin":
+            return new == {f"{volume}/salvage"} and not gone and not changed
+        case "commit":
+            return gone == {landing} and len(new) == 1 and not changed and after[new.pop()][1] == before[landing]
+        case "replace":
+            return gone == {landing} and not new and len(changed) == 1 and after[changed.pop()][1] == before[landing]
+        case "discard":
+            return gone == {landing} and not new and not changed
+        case _:
+            return False
+
+
+def in_child(bench: Bench, call: str, failpoints: str = "", trace: Path | None = None) -> int:
+    """Runs one operation in a process of its own and returns its status."""
+    program = "\n".join(
+        (
+            "from uuid import UUID",
+            "from agent.contract.identity import *",
+            "from agent.contract.messages import *",
+            "from agent.volume.substrate import *",
+            bench.opener,
+            call,
+        )
+    )
+    environment = {
+        **os.environ,
+        "LANDFALL_ALLOW_FAILPOINTS": "1",
+        "LANDFALL_FAILPOINTS": failpoints,
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    if trace:
+        environment["LANDFALL_FAILPOINT_TRACE"] = str(trace)
+    return subprocess.run([sys.executable, "-c", program], env=environment, timeout=120, check=False).returncode
+
+
+@contextmanager
+def pool_on(kind: str, folder: Path, size_bytes: int = 2 << 30) -> Iterator[Path]:
+    """A fresh XFS or btrfs in a sparse file, mounted as long as the context lasts."""
+    image, mount_point = folder / f"pool.{kind}", folder / f"pool-{kind}"
+    with open(image, "wb") as file:
+        file.truncate(size_bytes)
+    mount_point.mkdir()
+    subprocess.run([f"mkfs.{kind}", "-q", str(image)], check=True)
+    with ExitStack() as after:
+        after.callback(image.unlink)
+        subprocess.run(["mount", "-o", "loop", str(image), str(mount_point)], check=True)
+        after.callback(subprocess.run, ["umount", str(mount_point)], check=True)
+        yield mount_point
