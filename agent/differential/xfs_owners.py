@@ -1,0 +1,313 @@
+"""Whose the changed blocks of an XFS volume are.
+
+The kernel's space map (GETFSMAP) tells it all where the filesystem keeps reverse mappings (rmapbt=1). Where it does not, the map tells
+free space, and the rest comes, in this order, from: fixed structures (headers, log, free lists), the forks of the changed inodes,
+metadata blocks that say themselves what they are and where they belong, and at last a walk over all inodes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agent.contract.dmi import FileKind, Owner
+from agent.differential.reader import U8, U64, InodeChanges, Ownership
+from agent.differential.xfs_disk import (
+    I64,
+    SECTORS_PER_BLOCK,
+    Layout,
+    fork_extents,
+    is_internal,
+    read_blocks,
+    read_inodes,
+)
+from agent.system import xfs
+from agent.volume.substrate import ChangedRuns
+
+_BATCH: Final = 32768
+_NEAR_BLOCKS: Final = 256
+"""Changed runs this near to each other are asked for in one call: a record is cheaper than a call."""
+
+_RANK: Final = {Owner.FREE: 1, Owner.JOURNAL: 2, Owner.METADATA: 3, Owner.FILE: 4}
+"""Where claims contradict each other the class that is needed more wins; 0 is unclaimed."""
+_OWNER_OF_RANK: Final = np.array([Owner.METADATA, Owner.FREE, Owner.JOURNAL, Owner.METADATA, Owner.FILE], np.uint8)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Claims:
+    """Who says that ``first`` up to ``end`` is theirs; ``inode`` is 0 but for files. In any order, overlapping where shared."""
+
+    first: U64
+    end: U64
+    rank: U8
+    inode: U64
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Ranges:
+    """Ascending, disjoint ranges of blocks."""
+
+    first: U64
+    end: U64
+
+
+def owners_of(fd: int, mount_fd: int, layout: Layout, changed: ChangedRuns, changes: InodeChanges) -> Ownership:
+    """Return the changed runs split by owner; ``fd`` is the target's device, ``mount_fd`` its mount.
+
+    Every changed block gets exactly one class. FREE is only what the kernel's map calls free and no fork claims.
+    """
+    runs = Ranges(changed.first, changed.first + changed.blocks)
+    claims = [_mapped(fd, mount_fd, layout, runs, changes)]
+    if len(_unclaimed(runs, claims).first):
+        claims.append(_fixed(fd, layout))
+        claims.append(_of_inodes(fd, layout, changes.inode[changes.in_target], runs))
+    left = _unclaimed(runs, claims)
+    if len(left.first):
+        claims.append(_self_described(fd, layout, left))
+        left = _unclaimed(runs, claims)
+    if len(left.first):
+        claims.append(_of_inodes(fd, layout, _all_inodes(mount_fd), left))
+    return _split(runs, _clipped(runs, _joined(claims)))
+
+
+def _mapped(fd: int, mount_fd: int, layout: Layout, runs: Ranges, changes: InodeChanges) -> Claims:
+    """Return what the kernel's space map says of the changed runs; nothing for blocks whose owner it does not know."""
+    told = xfs.space_map(mount_fd, _near_together(runs))
+    special = (told.flags & xfs.MAP_SPECIAL_OWNER) != 0
+    rank = np.full(len(told.first), _RANK[Owner.METADATA], np.uint8)
+    rank[special & (told.owner == xfs.OWNER_FREE)] = _RANK[Owner.FREE]
+    rank[special & (told.owner == xfs.OWNER_LOG)] = _RANK[Owner.JOURNAL]
+    content = ~special & ((told.flags & (xfs.MAP_ATTR_FORK | xfs.MAP_EXTENT_MAP)) == 0)
+    claims = Claims(told.first, told.first + told.blocks, rank, np.where(content, told.owner, np.uint64(0)))
+    claims = _clipped(runs, _taken(claims, ~(special & (told.owner == xfs.OWNER_UNKNOWN))))
+    regular = _regular(fd, layout, claims.inode, changes)
+    rank = np.where(regular, np.uint8(_RANK[Owner.FILE]), claims.rank)
+    return Claims(claims.first, claims.end, rank, np.where(regular, claims.inode, np.uint64(0)))
+
+
+def _near_together(runs: Ranges) -> list[tuple[int, int]]:
+    if not len(runs.first):
+        return []
+    gap = np.flatnonzero(runs.first[1:] - runs.end[:-1] > np.uint64(_NEAR_BLOCKS)) + 1
+    first = runs.first[np.concatenate([np.zeros(1, np.int64), gap])]
+    end = runs.end[np.concatenate([gap - 1, np.array([len(runs.end) - 1])])]
+    return list(zip(first.tolist(), end.tolist(), strict=True))
+
+
+def _regular(fd: int, layout: Layout, inode: U64, changes: InodeChanges) -> NDArray[np.bool_]:
+    """Which inode numbers are regular files of the target; 0 is none. Numbers that did not change are read."""
+    distinct, where = np.unique(inode, return_inverse=True)
+    files = changes.inode[changes.in_target & (changes.kind == FileKind.REGULAR)]
+    answer = np.isin(distinct, files)
+    strange = ~np.isin(distinct, changes.inode[changes.in_target]) & (distinct != 0)
+    if bool(np.any(strange)):
+        raw = read_inodes(fd, layout, distinct[strange])
+        answer[strange] = (raw["mode"] >> 12 == FileKind.REGULAR) & ~is_internal(layout, distinct[strange], raw)
+    found: NDArray[np.bool_] = answer[where]
+    return found
+
+
+def _fixed(fd: int, layout: Layout) -> Claims:
+    """Return the structures that have their place by the geometry: headers of the groups, their free lists, the log.
+
+    A free list's blocks are neither free nor in use; what stands in them is left from earlier.
+    """
+    start = np.arange(layout.groups, dtype=np.uint64) * np.uint64(layout.group_blocks)
+    header_blocks = -(-4 * layout.sector_bytes // (SECTORS_PER_BLOCK * 512))
+    heads = np.concatenate([read_blocks(fd, start + np.uint64(block)) for block in range(header_blocks)], axis=1)
+    agf = heads[:, layout.sector_bytes : layout.sector_bytes + 52]
+    first, count = (np.ascontiguousarray(agf[:, at : at + 4]).view(">u4")[:, 0].astype(np.int64) for at in (40, 48))
+    agfl = np.ascontiguousarray(heads[:, 3 * layout.sector_bytes + 36 : 4 * layout.sector_bytes])
+    slots = agfl[:, : agfl.shape[1] // 4 * 4].view(">u4").astype(np.uint64)
+    position = np.arange(slots.shape[1])
+    listed = (position[None, :] - first[:, None]) % slots.shape[1] < count[:, None]
+    group, slot = np.nonzero(listed)
+    lists = start[group] + slots[group, slot]
+    log = np.array([layout.log_first], np.uint64)
+    return _joined(
+        [
+            _claims(start, start + np.uint64(header_blocks), Owner.METADATA),
+            _claims(lists, lists + np.uint64(1), Owner.METADATA),
+            _claims(log, log + np.uint64(layout.log_blocks), Owner.JOURNAL),
+        ]
+    )
+
+
+def _of_inodes(fd: int, layout: Layout, inode: U64, wanted: Ranges) -> Claims:
+    """Return what the forks of these inodes of the target hold of ``wanted``, with the blocks of the forks' trees."""
+    found: list[Claims] = []
+    for at in range(0, len(inode), _BATCH):
+        batch = inode[at : at + _BATCH]
+        raw = read_inodes(fd, layout, batch)
+        file = (raw["mode"] >> 12 == FileKind.REGULAR) & ~is_internal(layout, batch, raw)
+        data = fork_extents(fd, layout, raw, attribute=False)
+        of_file = file[data.fork]
+        attributes = fork_extents(fd, layout, raw, attribute=True)
+        trees = np.concatenate([data.tree_block, attributes.tree_block])
+        rank = np.where(of_file, _RANK[Owner.FILE], _RANK[Owner.METADATA]).astype(np.uint8)
+        for claims in (
+            Claims(data.physical, data.physical + data.blocks, rank, np.where(of_file, batch[data.fork], np.uint64(0))),
+            _claims(attributes.physical, attributes.physical + attributes.blocks, Owner.METADATA),
+            _claims(trees, trees + np.uint64(1), Owner.METADATA),
+        ):
+            found.append(_clipped(wanted, claims))
+    return _joined(found)
+
+
+def _all_inodes(mount_fd: int) -> U64:
+    chunks = xfs.inode_chunks(mount_fd)
+    octets = chunks.allocated.astype("<u8").view(np.uint8).reshape(-1, 8)
+    row, bit = np.nonzero(np.unpackbits(octets, axis=1, bitorder="little"))
+    return chunks.first[row] + bit.astype(np.uint64)
+
+
+_SHORT_TREES: Final = (0x41423342, 0x41423343, 0x49414233, 0x46494233, 0x524D4233, 0x52334643)
+_LONG_TREES: Final = (0x424D4133,)
+_DIRECTORIES: Final = (0x58444233, 0x58444433, 0x58444633)
+_HASHED: Final = (0x3EBE, 0x3BEE, 0x3DF1, 0x3DFF)
+_REMOTE: Final = (0x58534C4D, 0x5841524D)
+_KINDS: Final = (
+    # (magics, their width, their offset, offset of the own address in sectors, offset of the UUID)
+    (_SHORT_TREES, 4, 0, 16, 32),  # AB3B, AB3C, IAB3, FIB3, RMB3, R3FC: xfs_btree_block_shdr
+    (_LONG_TREES, 4, 0, 24, 40),  # BMA3: xfs_btree_block_lhdr
+    (_DIRECTORIES, 4, 0, 8, 24),  # XDB3, XDD3, XDF3: xfs_dir3_blk_hdr
+    (_HASHED, 2, 8, 16, 32),  # nodes and leaves of directories and attributes: xfs_da3_blkinfo
+    (_REMOTE, 4, 0, 40, 16),  # XSLM, XARM: xfs_dsymlink_hdr, xfs_attr3_rmt_hdr
+)
+"""Metadata that says what it is and where it belongs, so that a copy of it in a file is not taken for it."""
+
+
+def _self_described(fd: int, layout: Layout, left: Ranges) -> Claims:
+    """Return the blocks of ``left`` that are metadata by their own word: magic, UUID and own address."""
+    sizes = (left.end - left.first).astype(np.int64)
+    before = np.cumsum(sizes) - sizes
+    block = np.repeat(left.first, sizes) + (np.arange(int(sizes.sum())) - np.repeat(before, sizes)).astype(np.uint64)
+    found: list[U64] = []
+    for at in range(0, len(block), 4096):
+        batch = block[at : at + 4096]
+        content = read_blocks(fd, batch)
+        found.append(batch[_describes_itself(layout, batch, content)])
+    own = np.concatenate([np.zeros(0, np.uint64), *found])
+    return _claims(own, own + np.uint64(1), Owner.METADATA)
+
+
+def _describes_itself(layout: Layout, block: U64, content: U8) -> NDArray[np.bool_]:
+    def number(at: int, width: int) -> U64:
+        return np.ascontiguousarray(content[:, at : at + width]).view(f">u{width}")[:, 0].astype(np.uint64)
+
+    def is_uuid(at: int) -> NDArray[np.bool_]:
+        same: NDArray[np.bool_] = np.all(content[:, at : at + 16] == np.frombuffer(layout.uuid, np.uint8), axis=1)
+        return same
+
+    sector = block * np.uint64(SECTORS_PER_BLOCK)
+    sound = np.zeros(len(block), np.bool_)
+    for magics, width, at, address, uuid in _KINDS:
+        sound |= np.isin(number(at, width), np.array(magics, np.uint64)) & (number(address, 8) == sector) & is_uuid(uuid)
+    group, rest = np.divmod(block, np.uint64(layout.group_blocks))
+    inode = ((group << np.uint64(layout.group_shift)) | rest) << np.uint64(layout.inode_shift)
+    sound |= (number(0, 2) == 0x494E) & (number(152, 8) == inode) & is_uuid(160)  # xfs_dinode
+    # A quota block (xfs_dqblk) does not know its address, so it is left to the walk, which finds it in the quota inode.
+    return sound
+
+
+def _claims(first: U64, end: U64, owner: Owner) -> Claims:
+    return Claims(first, end, np.full(len(first), _RANK[owner], np.uint8), np.zeros(len(first), np.uint64))
+
+
+def _joined(parts: list[Claims]) -> Claims:
+    return Claims(
+        np.concatenate([np.zeros(0, np.uint64), *(part.first for part in parts)]),
+        np.concatenate([np.zeros(0, np.uint64), *(part.end for part in parts)]),
+        np.concatenate([np.zeros(0, np.uint8), *(part.rank for part in parts)]),
+        np.concatenate([np.zeros(0, np.uint64), *(part.inode for part in parts)]),
+    )
+
+
+def _taken(claims: Claims, rows: NDArray[np.bool_]) -> Claims:
+    return Claims(claims.first[rows], claims.end[rows], claims.rank[rows], claims.inode[rows])
+
+
+def _clipped(ranges: Ranges, claims: Claims) -> Claims:
+    """Return the parts of claims that lie in ``ranges``; a claim across several ranges becomes several."""
+    low = np.searchsorted(ranges.end, claims.first, "right").astype(np.int64)
+    high = np.searchsorted(ranges.first, claims.end, "left").astype(np.int64)
+    counts = np.maximum(high - low, 0)
+    claim, step = _expanded(np.arange(len(claims.first)), counts)
+    within = low[claim] + step
+    return Claims(
+        np.maximum(claims.first[claim], ranges.first[within]),
+        np.minimum(claims.end[claim], ranges.end[within]),
+        claims.rank[claim],
+        claims.inode[claim],
+    )
+
+
+def _expanded(items: I64, counts: I64) -> tuple[I64, I64]:
+    before = np.repeat(np.cumsum(counts) - counts, counts)
+    repeated = np.repeat(items, counts)
+    return repeated, np.arange(len(repeated)) - before
+
+
+def _unclaimed(runs: Ranges, claims: list[Claims]) -> Ranges:
+    """Return the parts of ``runs`` that nobody claims."""
+    clipped = _clipped(runs, _joined(claims))
+    bounds, run, rank, _, _ = _segments(runs, clipped)
+    empty = (run >= 0) & (rank == 0)
+    return Ranges(bounds[:-1][empty], bounds[1:][empty])
+
+
+def _segments(runs: Ranges, claims: Claims) -> tuple[U64, I64, U8, I64, I64]:
+    """Cut at every bound of a run or claim (clipped to the runs): return the bounds, and per segment its run (-1: in none) and
+    rank; then the pairs of (segment, claim)."""
+    bounds = np.unique(np.concatenate([runs.first, runs.end, claims.first, claims.end]))
+    if not len(bounds):
+        none = np.zeros(0, np.int64)
+        return bounds, none, np.zeros(0, np.uint8), none, none
+    run = np.searchsorted(runs.first, bounds[:-1], "right").astype(np.int64) - 1
+    run[bounds[:-1] >= runs.end[run]] = -1
+    low = np.searchsorted(bounds, claims.first)
+    claim, step = _expanded(np.arange(len(claims.first)), np.searchsorted(bounds, claims.end) - low)
+    segment = low[claim] + step
+    rank = np.zeros(len(bounds) - 1, np.uint8)
+    np.maximum.at(rank, segment, claims.rank[claim])
+    return bounds, run, rank, segment, claim
+
+
+def _split(runs: Ranges, claims: Claims) -> Ownership:
+    """Return the runs cut where the owner changes; what nobody claims is METADATA. Neighbours of one owner set of one file are joined."""
+    bounds, run, rank, segment, claim = _segments(runs, claims)
+    of_file = claims.inode[claim] != 0
+    pairs = np.unique(np.stack([segment[of_file].astype(np.uint64), claims.inode[claim[of_file]]], axis=1), axis=0)
+    pair_segment, pair_inode = pairs[:, 0].astype(np.int64), pairs[:, 1]
+    owners = np.bincount(pair_segment, minlength=len(rank))
+    only = np.zeros(len(rank), np.uint64)
+    only[pair_segment] = pair_inode
+
+    inside = np.flatnonzero(run >= 0)
+    klass = _OWNER_OF_RANK[rank[inside]]
+    begins = np.ones(len(inside), np.bool_)
+    begins[1:] = (
+        (run[inside][1:] != run[inside][:-1])
+        | (klass[1:] != klass[:-1])
+        | (only[inside][1:] != only[inside][:-1])
+        | (owners[inside][1:] > 1)
+        | (owners[inside][:-1] > 1)
+    )
+    starts = np.flatnonzero(begins)
+    ends = np.concatenate([starts[1:], np.array([len(inside)])])[: len(starts)]
+    first = bounds[:-1][inside[starts]]
+    # Claims belong to segments; a joined piece has those of its first one.
+    piece_of_segment = np.full(len(rank), -1, np.int64)
+    piece_of_segment[inside[starts]] = np.arange(len(starts))
+    piece = piece_of_segment[pair_segment]
+    kept = piece >= 0
+    return Ownership(
+        first,
+        bounds[1:][inside[ends - 1]] - first,
+        klass[starts],
+        piece[kept].astype(np.uint32),
+        pair_inode[kept],
+    )
