@@ -8,6 +8,7 @@ include/linux/exportfs.h (FILEID_INO32_GEN) and fs/xfs/xfs_export.h (xfs_fid64).
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import struct
 from typing import Final
@@ -32,6 +33,20 @@ def open_inode(mount_fd: int, kind: FilesystemKind, inode: int, generation: int,
         handle_type, handle = _FILEID_INO32_GEN, struct.pack("<II", inode, generation)
     raw = ctypes.create_string_buffer(struct.pack("<Ii", len(handle), handle_type) + handle)
     return _checked(_LIBC.open_by_handle_at(mount_fd, raw, flags | os.O_CLOEXEC), f"inode {inode}")
+
+
+def identity_at(directory_fd: int, path: bytes) -> tuple[int, int]:
+    """Return (inode, generation) of what ``path`` below a directory names; a symlink at its end is not followed."""
+    room = 128
+    raw = ctypes.create_string_buffer(struct.pack("<Ii", room, 0) + bytes(room))
+    mount_id = ctypes.c_int()
+    _checked(_LIBC.name_to_handle_at(directory_fd, path, raw, ctypes.byref(mount_id), 0), os.fsdecode(path))
+    length, handle_type = struct.unpack_from("<Ii", raw.raw)
+    layout = "<QI" if handle_type == _XFS_FILEID_64 else "<II"
+    if length < struct.calcsize(layout):
+        raise OSError(errno.EOPNOTSUPP, "a file handle of unknown layout", os.fsdecode(path))
+    inode, generation = struct.unpack_from(layout, raw.raw, 8)
+    return int(inode), int(generation)
 
 
 def open_beneath(directory_fd: int, path: bytes, flags: int, mode: int = 0) -> int:
