@@ -99,7 +99,7 @@ class Substrate(Protocol):
         """
 
     def drop(self, generation: GenerationId) -> None:
-        """Give up a generation; NoSuchGeneration if it is not held."""
+        """Give up a generation; NoSuchGeneration if it is not held, DeviceBusy while it is read, RequestRefused for g0."""
 
     def changed(self, base: GenerationId, target: GenerationId) -> ChangedRuns:
         """Return the runs that differ. Against g0 these are all runs that the target has."""
@@ -120,16 +120,16 @@ class Substrate(Protocol):
         """Whether the workspace is there, whole."""
 
     def writing(self, workspace: Workspace) -> AbstractContextManager[Path]:
-        """Attach a workspace read-write, exclusively; DeviceBusy if somebody else has it."""
+        """Attach a workspace read-write, exclusively; DeviceBusy if somebody else has it, NoSuchTransfer if it is not there."""
 
     def commit(self, workspace: Workspace, facts: GenerationFacts) -> None:
-        """Make the workspace a generation in one durable step. If we die here it is a workspace still, or the generation, never both or half."""
+        """Make the workspace a generation in one durable step. If we die here it is a workspace still, or the generation, never both."""
 
     def replace(self, workspace: Workspace, generation: GenerationId) -> None:
         """Let a healed workspace take the place of ``generation`` in one durable step."""
 
     def discard(self, workspace: Workspace) -> None:
-        """Remove a workspace if it is there."""
+        """Remove a workspace if it is there; DeviceBusy while it is attached or mounted."""
 
     def recover(self) -> None:
         """Finish or sweep what a crash left half done; run at every start, idempotent."""

@@ -7,6 +7,7 @@ that a failpoint kills.
 from __future__ import annotations
 
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -43,7 +44,7 @@ from agent.contract.identity import (
 from agent.contract.messages import GenerationFacts, Role
 from agent.volume.substrate import ChangedRuns, Substrate, VolumeRecord, Workspace, WorkspaceKind
 
-VOLUME_BYTES = 64 << 20
+VOLUME_BYTES = 16 << 20
 BLOCKS = VOLUME_BYTES // BLOCK_BYTES
 
 
@@ -141,9 +142,9 @@ class SubstrateConformance:
         assert substrate.volumes() == (first,)
 
     def test_E20_E21_sizes_and_sectors_that_cannot_be_are_refused(self, substrate: Substrate) -> None:
-        for changes in ({"size_bytes": 0}, {"size_bytes": VOLUME_BYTES + 512}, {"sector_bytes": 1024}):
+        for refused in (record(size_bytes=0), record(size_bytes=VOLUME_BYTES + 512), record(sector_bytes=1024)):
             with pytest.raises(LayoutUnsupported):
-                substrate.create(record(**changes))
+                substrate.create(refused)
         assert substrate.volumes() == ()
 
     def test_E21_sectors_of_4096_bytes(self, substrate: Substrate) -> None:
@@ -215,7 +216,7 @@ class SubstrateConformance:
     def test_a_generation_cannot_be_written(self, substrate: Substrate) -> None:
         volume = record()
         substrate.create(volume)
-        with substrate.reading(empty_generation(volume.id)) as device, pytest.raises(OSError, match="not permitted|Read-only"):
+        with substrate.reading(empty_generation(volume.id)) as device, pytest.raises(OSError, match=r"not permitted|Read-only"):
             write(device, 0, block_of("x"))
 
     def test_taking_needs_the_operational_volume_to_itself(self, substrate: Substrate) -> None:
@@ -426,18 +427,18 @@ class SubstrateConformance:
         substrate.begin(workspace, base.id)
         with substrate.writing(workspace) as device:
             write(device, 1, block_of("landed"))
-        other = record()
-        call = {
-            "create": f"substrate.create({other!r})",
-            "remove": f"substrate.remove({volume.id!r})",
-            "take": f"substrate.take({volume.id!r}, None, {facts_after(substrate, volume.id)!r})",
-            "drop": f"substrate.drop({base.id!r})",
-            "begin": f"substrate.begin({replace(workspace, kind=WorkspaceKind.SALVAGE)!r}, {base.id!r})",
-            "commit": f"substrate.commit({workspace!r}, {facts_after(substrate, volume.id)!r})",
-            "replace": f"substrate.replace({workspace!r}, {base.id!r})",
-            "discard": f"substrate.discard({workspace!r})",
-            "clone_operational": f"substrate.clone_operational({volume.id!r}, {base.id!r})",
-        }[operation]
+        arguments: dict[str, tuple[Any, ...]] = {
+            "create": (record(),),
+            "remove": (volume.id,),
+            "take": (volume.id, None, facts_after(substrate, volume.id)),
+            "drop": (base.id,),
+            "begin": (replace(workspace, kind=WorkspaceKind.SALVAGE), base.id),
+            "commit": (workspace, facts_after(substrate, volume.id)),
+            "replace": (workspace, base.id),
+            "discard": (workspace,),
+            "clone_operational": (volume.id, base.id),
+        }
+        call = Call(operation, arguments[operation])
         before = state(substrate)
         trace = tmp_path / "trace"
         status = in_child(bench, call, f"{point}=kill", trace)
@@ -506,18 +507,18 @@ def after_of(operation: str, before: dict[str, Any], after: dict[str, Any], volu
             return False
 
 
-def in_child(bench: Bench, call: str, failpoints: str = "", trace: Path | None = None) -> int:
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One operation of a substrate."""
+
+    method: str
+    arguments: tuple[Any, ...]
+
+
+def in_child(bench: Bench, call: Call, failpoints: str = "", trace: Path | None = None) -> int:
     """Runs one operation in a process of its own and returns its status."""
-    program = "\n".join(
-        (
-            "from uuid import UUID",
-            "from agent.contract.identity import *",
-            "from agent.contract.messages import *",
-            "from agent.volume.substrate import *",
-            bench.opener,
-            call,
-        )
-    )
+    packed = pickle.dumps(call.arguments)
+    program = f"{bench.opener}\nimport pickle; substrate.{call.method}(*pickle.loads({packed!r}))"
     environment = {
         **os.environ,
         "LANDFALL_ALLOW_FAILPOINTS": "1",

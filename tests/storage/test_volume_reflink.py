@@ -24,7 +24,7 @@ class TestReflink(SubstrateConformance):
     def bench(self, mounted: Path) -> Bench:
         pool = mounted / uuid4().hex
         ReflinkSubstrate.initialise(pool)
-        opener = f"from pathlib import Path; from agent.volume.reflink import ReflinkSubstrate; substrate = ReflinkSubstrate(Path({str(pool)!r}))"
+        opener = f"from pathlib import *; from agent.volume.reflink import *; substrate = ReflinkSubstrate(Path({str(pool)!r}))"
         return Bench(lambda: ReflinkSubstrate(pool), opener)
 
     def leftovers(self, substrate: Substrate) -> list[str]:
