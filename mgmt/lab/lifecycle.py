@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from agent.contract.errors import KernelLacks, LabMissing
 from agent.system.clock import monotonic_s
@@ -24,6 +25,9 @@ from mgmt.lab.control import ServiceStatus
 from mgmt.lab.cuts import Pair, pair, read_cuts, write_cuts
 from mgmt.lab.enrolment import enrol
 from mgmt.lab.layout import NAS_NODES, Lab, Marker, NodeName, PoolFilesystem
+
+if TYPE_CHECKING:
+    from subprocess import Popen
 
 DEFAULT_POOL_BYTES = 12 << 30
 START_S = 30.0
@@ -188,18 +192,17 @@ def _make_pool(lab: Lab, node: NodeName, marker: Marker) -> None:
 
 def _boot(lab: Lab, nodes: list[NodeName]) -> None:
     """Start the nodes side by side, and return when every service of them can be spoken to."""
-    for node in nodes:
-        _spawn(lab, node)
-    for node in nodes:
-        _wait_for_first_process(lab, node)
+    booting = [(node, _spawn(lab, node)) for node in nodes]
+    for node, child in booting:
+        _wait_for_first_process(lab, node, child)
         control.wait_ready(lab, node)
 
 
-def _spawn(lab: Lab, node: NodeName) -> None:
+def _spawn(lab: Lab, node: NodeName) -> Popen[bytes]:
     (lab.node(node) / "control.sock").unlink(missing_ok=True)
     network_file = network.path_of(lab.namespace(node))
-    with open(lab.node(node) / "log" / "node.log", "ab") as log:
-        child = start(
+    with open(_log(lab, node), "wb") as log:
+        return start(
             [
                 *("nsenter", f"--net={network_file}", "--"),
                 *("unshare", "--mount", "--propagation=private", "--pid", "--fork", "--kill-child", "--mount-proc"),
@@ -209,18 +212,21 @@ def _spawn(lab: Lab, node: NodeName) -> None:
             stdout=log.fileno(),
             stderr=log.fileno(),
         )
-    # The node outlives this process; who kills it waits for it (processes.kill).
+
+
+def _wait_for_first_process(lab: Lab, node: NodeName, child: Popen[bytes]) -> None:
+    deadline = monotonic_s() + START_S
+    while not control.reachable(lab, node):
+        if child.poll() is not None or monotonic_s() > deadline:
+            words = _log(lab, node).read_text(errors="replace").strip().splitlines()
+            raise LabMissing(f"{node} did not start", cause=words[-1] if words else "it said nothing")
+        time.sleep(LOOK_AGAIN_S)
+    # The node outlives this process; who kills it asks how it ended (processes.kill).
     child.returncode = 0
 
 
-def _wait_for_first_process(lab: Lab, node: NodeName) -> None:
-    deadline = monotonic_s() + START_S
-    while not control.reachable(lab, node):
-        gone = not processes.inside(lab, [lab.namespace(node)])
-        if gone or monotonic_s() > deadline:
-            words = (lab.node(node) / "log" / "node.log").read_text(errors="replace").strip().splitlines()
-            raise LabMissing(f"{node} did not start", cause=words[-1] if words else "it said nothing")
-        time.sleep(LOOK_AGAIN_S)
+def _log(lab: Lab, node: NodeName) -> Path:
+    return lab.node(node) / "log" / "node.log"
 
 
 def _change_cuts(lab: Lab, *, add: frozenset[Pair], remove: frozenset[Pair]) -> Outcome:

@@ -40,7 +40,11 @@ def attached() -> list[Loop]:
     """Return every loop device of the machine that has a backing file."""
     text = run(["losetup", "--list", "--json", "--output", "NAME,MAJ:MIN,BACK-MAJ:MIN,BACK-INO"]).text
     entries = json.loads(text)["loopdevices"] if text.strip() else []
-    return [Loop(entry["name"], entry["maj:min"].strip(), entry["back-maj:min"].strip(), int(entry["back-ino"])) for entry in entries]
+    return [
+        Loop(entry["name"], entry["maj:min"].strip(), entry["back-maj:min"].strip(), int(entry["back-ino"]))
+        for entry in entries
+        if entry["back-maj:min"]  # one that goes while it is listed has lost its file
+    ]
 
 
 def backed_by(image: Path) -> list[Loop]:

@@ -6,6 +6,7 @@ nsfs file below /run/netns, as `ip netns` does.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from functools import partial
@@ -46,6 +47,8 @@ def apply_cuts(lab: Lab, cut: frozenset[Pair]) -> None:
             switch.link("set", index=index, state="down" if port is Port.DOWN else "up")
 
     with_links(lab.switch, set_ports)
+    for node in NodeName:
+        with_links(lab.namespace(node), _forget_neighbours)
 
 
 def present(lab: Lab) -> bool:
@@ -101,6 +104,13 @@ def _address(node: NodeName, links: IPRoute) -> None:
     links.addr("add", index=link, address=node.address, prefixlen=24)
     # Duplicate address detection would take a second, and these addresses are nobody else's.
     links.addr("add", index=link, address=node.address6, prefixlen=64, flags=IFA_F_NODAD)
+
+
+def _forget_neighbours(links: IPRoute) -> None:
+    """Let a healed link be used at once: who was looked for in vain is otherwise refused until the kernel looks again."""
+    for entry in list(links.get_neighbours(ifindex=_index(links, LINK))):
+        with contextlib.suppress(NetlinkError):  # it may have gone by itself meanwhile
+            links.neigh("del", ifindex=entry["ifindex"], dst=entry.get("dst"))
 
 
 def _require_ours(lab: Lab, name: str) -> None:
