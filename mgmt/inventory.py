@@ -1,0 +1,128 @@
+"""The management node's configuration: one TOML file. landfall.toml.sample has every key with its default."""
+
+from __future__ import annotations
+
+import stat
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import cattrs
+
+from agent.contract.errors import ConfigInvalid, NameRefused
+from agent.contract.identity import plain_name
+
+DEFAULT_PATH: Final = Path("/etc/landfall/landfall.toml")
+
+
+@dataclass(frozen=True, slots=True)
+class NodeEntry:
+    """A NAS node and how it is reached."""
+
+    name: str
+    address: str
+    ssh_key: Path  # private key, 0600; good for `landfall-agent connect` and nothing else
+    host_key: str  # `ssh-ed25519 AAAA...`: the only one accepted
+    ssh_port: int = 22
+    ssh_user: str = "root"
+
+
+@dataclass(frozen=True, slots=True)
+class Inventory:
+    """Everything the management node is told. Relative paths start from the file's own folder."""
+
+    state_dir: Path = Path("/var/lib/landfall/mgmt")  # catalog, private CA, fetched DMIs
+    node: tuple[NodeEntry, ...] = ()
+    network_namespace: str = ""  # lab only: entered before connecting
+    connect_limit_s: float = 10.0  # to reach a node over SSH
+    answer_limit_s: float = 600.0  # between two words of an agent at work
+    silence_limit_s: float = 10.0  # after which NAS 1 and NAS 2 take each other for gone
+    streams: int = 2  # TCP streams of a transfer
+    rate_limit_bytes_s: int = 0  # of a transfer; 0: none
+    resume_attempts: int = 5  # of one `landfall replicate`, while both nodes live
+
+    def entry(self, name: str) -> NodeEntry:
+        """Return a node by name."""
+        for found in self.node:
+            if found.name == name:
+                return found
+        raise ConfigInvalid(
+            f"there is no node {name!r} in the configuration", fix="Enrol it, or name one of: " + ", ".join(self.names) + "."
+        )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of all nodes."""
+        return tuple(found.name for found in self.node)
+
+
+def read_inventory(path: Path) -> Inventory:
+    """Return the configuration in ``path``; ConfigInvalid names every key that is unknown, missing or of the wrong type."""
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigInvalid(f"{path} cannot be read as TOML", cause=str(error)) from error
+    try:
+        inventory = _converter(path.parent.resolve()).structure(document, Inventory)
+    except cattrs.BaseValidationError as error:
+        words = cattrs.transform_error(error, format_exception=_in_words)
+        raise ConfigInvalid(f"{path}: " + "; ".join(words)) from error
+    _check(path, inventory)
+    return inventory
+
+
+def _check(path: Path, inventory: Inventory) -> None:
+    if len(set(inventory.names)) != len(inventory.names):
+        raise ConfigInvalid(f"{path}: two nodes have the same name")
+    for number, node in enumerate(inventory.node):
+        where = f"{path}: node[{number}]"
+        try:
+            plain_name(node.name)
+        except NameRefused as error:
+            raise ConfigInvalid(f"{where}.name: {error.message}") from error
+        if not 0 < node.ssh_port < 65536:
+            raise ConfigInvalid(f"{where}.ssh_port is no port")
+        if len(node.host_key.split()) < 2:
+            raise ConfigInvalid(f"{where}.host_key must read `ssh-ed25519 AAAA...`")
+        try:
+            mode = stat.S_IMODE(node.ssh_key.stat().st_mode)
+        except OSError as error:
+            raise ConfigInvalid(f"{where}.ssh_key cannot be read", cause=str(error)) from error
+        if mode & 0o077:
+            raise ConfigInvalid(f"{where}.ssh_key can be read by others (mode {mode:04o})", fix=f"chmod 600 {node.ssh_key}")
+    limits = ("connect_limit_s", "answer_limit_s", "silence_limit_s", "streams", "resume_attempts")
+    for key in limits:
+        if getattr(inventory, key) <= 0:
+            raise ConfigInvalid(f"{path}: {key} must be above 0")
+    if inventory.rate_limit_bytes_s < 0:
+        raise ConfigInvalid(f"{path}: rate_limit_bytes_s must not be below 0")
+
+
+def _converter(folder: Path) -> cattrs.Converter:
+    converter = cattrs.Converter(forbid_extra_keys=True, detailed_validation=True)
+    for kind, allowed in ((int, (int,)), (str, (str,)), (float, (int, float))):
+        converter.register_structure_hook(kind, _exactly(allowed))
+    converter.register_structure_hook(Path, lambda value, _: folder / _exactly((str,))(value, str))
+    return converter
+
+
+def _exactly(allowed: tuple[type, ...]) -> Any:
+    def check(value: Any, _: Any) -> Any:
+        if type(value) not in allowed:
+            raise TypeError(f"is {type(value).__name__}, it must be {allowed[-1].__name__}")
+        return value
+
+    return check
+
+
+def _in_words(error: BaseException, kind: type[Any] | None) -> str:
+    match error:
+        case cattrs.ForbiddenExtraKeysError():
+            return "unknown key " + ", ".join(sorted(error.extra_fields))
+        case KeyError():
+            return f"key {error.args[0]} is missing"
+        case TypeError() if "not iterable" in str(error):
+            return "must be a list"
+        case _:
+            return str(error)
