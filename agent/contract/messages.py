@@ -9,10 +9,8 @@ unknown or missing keys are refused on both sides.
 from __future__ import annotations
 
 import json
-import operator
 from dataclasses import dataclass, field
-from enum import StrEnum
-from functools import partial
+from enum import Enum, StrEnum
 from typing import Any, Final, TypeVar
 from uuid import UUID
 
@@ -521,7 +519,9 @@ def _make_converter() -> cattrs.Converter:
     def strict(kind: type[Any]) -> Any:
         allowed = (int, float) if kind is float else (kind,)
 
-        def check(value: Any, _: type[Any]) -> Any:
+        def check(value: Any, asked: type[Any]) -> Any:
+            if issubclass(asked, Enum):  # its values are strings, so cattrs takes it for a kind of str
+                return asked(value)
             if type(value) not in allowed:
                 raise TypeError(f"expected {kind.__name__}, got {type(value).__name__}")
             return value
@@ -529,7 +529,7 @@ def _make_converter() -> cattrs.Converter:
         return check
 
     for kind in (int, str, bool, float):
-        converter.register_structure_hook_func(partial(operator.is_, kind), strict(kind))
+        converter.register_structure_hook(kind, strict(kind))
     converter.register_structure_hook(UUID, lambda value, _: UUID(value))
     converter.register_unstructure_hook(UUID, str)
     return converter
