@@ -191,11 +191,11 @@ def _read(fd: int, layout: Layout, inode: U64) -> NDArray[np.void]:
 
 def _side(fd: int, layout: Layout, inode: U64, in_use: NDArray[np.bool_]) -> NDArray[np.void]:
     """Return the raw inodes of one generation; zeros where the inode is not in use or belongs to the filesystem itself."""
-    raw = np.zeros(len(inode), layout.inode_dtype)
+    octets = np.zeros((len(inode), layout.inode_bytes), np.uint8)
     asked = _read(fd, layout, inode[in_use])
-    asked[is_internal(layout, inode[in_use], asked)] = np.zeros(1, layout.inode_dtype)[0]
-    raw[in_use] = asked
-    return raw
+    octets[in_use] = asked.view(np.uint8).reshape(len(asked), layout.inode_bytes)
+    octets[np.flatnonzero(in_use)[is_internal(layout, inode[in_use], asked)]] = 0
+    return octets.reshape(-1).view(layout.inode_dtype)
 
 
 def _compared(inode: U64, base: NDArray[np.void], target: NDArray[np.void]) -> InodeChanges:
@@ -237,10 +237,10 @@ def _differ(base: NDArray[np.void], target: NDArray[np.void]) -> NDArray[np.bool
         return np.zeros(0, np.bool_)
     sides = []
     for raw in (base, target):
-        masked = raw.copy()
+        octets = raw.view(np.uint8).copy()
         for name in NEVER_COMPARED:
-            masked[name] = 0
-        sides.append(masked.view(np.uint64).reshape(len(raw), -1))
+            octets.view(raw.dtype)[name] = 0
+        sides.append(octets.view(np.uint64).reshape(len(raw), -1))
     different: NDArray[np.bool_] = np.any(sides[0] != sides[1], axis=1)
     return different
 

@@ -105,7 +105,7 @@ class Layout:
 
     @property
     def inode_dtype(self) -> np.dtype[np.void]:
-        """Layout of a raw inode, forks included as the rest of its bytes."""
+        """Layout of a raw inode. Its forks are no field: numpy copies only fields, so whole inodes are moved about as bytes."""
         return np.dtype(
             {
                 "names": list(_DINODE_FIELDS),
@@ -231,7 +231,7 @@ def read_blocks(fd: int, block: U64) -> U8:
 def read_inodes(fd: int, layout: Layout, inode: U64) -> NDArray[np.void]:
     """Return the raw inodes of these numbers, which may stand in any order; the caller knows that they are allocated."""
     blocks, row = np.unique(layout.inode_block(inode), return_inverse=True)
-    content = read_blocks(fd, blocks).reshape(len(blocks), -1, layout.inode_bytes)
+    content = read_blocks(fd, blocks).reshape(len(blocks), 1 << layout.inode_shift, layout.inode_bytes)
     slot = (inode & np.uint64((1 << layout.inode_shift) - 1)).astype(np.int64)
     raw = np.ascontiguousarray(content[row, slot])
     return raw.reshape(-1).view(layout.inode_dtype)
