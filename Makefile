@@ -26,10 +26,13 @@ setup:
 venv:
 	@bash packaging/setup.sh --venv-only
 
-# Needs pip-tools (not part of the environment: it is wanted once a year). The switches keep machine settings out of the file.
+# Needs pip-tools (not part of the environment: it is wanted once a year). The switches keep machine settings out of the files.
+# requirements.txt is what an installation needs, requirements-dev.txt that and what checks and tests need, at the same versions.
+COMPILE := pip-compile --quiet --generate-hashes --allow-unsafe --strip-extras --no-header --no-emit-options \
+    --no-emit-index-url --no-emit-find-links --no-emit-trusted-host pyproject.toml
 lock:
-	pip-compile --quiet --generate-hashes --allow-unsafe --strip-extras --no-header --no-emit-options --no-emit-index-url \
-	    --no-emit-find-links --no-emit-trusted-host --extra dev -o requirements.txt pyproject.toml
+	$(COMPILE) --extra dev -o requirements-dev.txt
+	$(COMPILE) -c requirements-dev.txt -o requirements.txt
 
 clean:
 	@if [ -x $(BIN)/landfall ] && [ "$$(id -u)" = 0 ]; then $(BIN)/landfall lab down; fi

@@ -103,7 +103,7 @@ make_venv() {
     mkdir -p build
     exec 9>build/setup.lock
     flock 9
-    wanted=$( (cat requirements.txt; sed '/^\[tool\.mypy\]/,$d' pyproject.toml) | sha256sum | cut -d ' ' -f 1)
+    wanted=$( (cat requirements-dev.txt; sed '/^\[tool\.mypy\]/,$d' pyproject.toml) | sha256sum | cut -d ' ' -f 1)
     if [ -x "$venv/bin/python" ] && [ "$(cat "$venv/landfall-stamp" 2>/dev/null)" = "$wanted $PWD" ]; then
         return
     fi
@@ -111,7 +111,7 @@ make_venv() {
     say "making the virtual environment $venv with $python"
     rm -rf "$venv"
     "$python" -m venv "$venv"
-    "$venv/bin/pip" install -qq --disable-pip-version-check --require-hashes -r requirements.txt
+    "$venv/bin/pip" install -qq --disable-pip-version-check --require-hashes -r requirements-dev.txt
     "$venv/bin/pip" install -qq --disable-pip-version-check --no-deps --no-build-isolation -e .
     printf '%s %s\n' "$wanted" "$PWD" >"$venv/landfall-stamp"
 }
