@@ -2,8 +2,8 @@
 
 ``{"files": [{"paths": [...], "base_paths": [...], "outcome": "...", "inode": n, "reason": "...", "now_at": "..."}], "deletions": "hold"}``
 
-paths        the file's names in the target, relative to the root ("" or "." is the root); empty for a deleted file
-base_paths   its names in the base (may be left out where the file has target paths)
+paths        the file's names in the target, relative to the root ("" or "." is the root); of a deleted or held file those in the base
+base_paths   its names in the base (may be left out)
 outcome      recovered, kept_at_base, absent, damaged, deleted, held
 inode        its inode number (may be left out; where it stands it must be right)
 reason       why it was not recovered; "atomic set" and "no room" excuse a whole file
@@ -20,6 +20,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 OUTCOMES = frozenset({"recovered", "kept_at_base", "absent", "damaged", "deleted", "held"})
 
@@ -53,23 +54,20 @@ def read_loss(path: Path) -> LossStatement:
     """Return the statement; ValueError if it does not say what it must."""
     document = json.loads(path.read_text("utf-8"))
     try:
-        entries = tuple(
-            Entry(
-                tuple(_name(name) for name in row.get("paths") or ()),
-                tuple(_name(name) for name in row.get("base_paths") or ()),
-                row["outcome"],
-                row.get("inode"),
-                row.get("reason") or "",
-                _name(row.get("now_at") or ""),
-            )
-            for row in document["files"]
-        )
+        entries = tuple(_entry(row) for row in document["files"])
         hold = {"hold": True, "apply": False}[document["deletions"]]
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"the loss statement lacks {error}") from error
     if unknown := {entry.outcome for entry in entries} - OUTCOMES:
         raise ValueError(f"the loss statement has unknown outcomes: {sorted(unknown)}")
     return LossStatement(entries, hold)
+
+
+def _entry(row: dict[str, Any]) -> Entry:
+    paths, base_paths = (tuple(_name(name) for name in row.get(key) or ()) for key in ("paths", "base_paths"))
+    if row["outcome"] in {"deleted", "held"} and not base_paths:
+        paths, base_paths = (), paths
+    return Entry(paths, base_paths, row["outcome"], row.get("inode"), row.get("reason") or "", _name(row.get("now_at") or ""))
 
 
 def _name(text: str) -> bytes:
