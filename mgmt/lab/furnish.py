@@ -32,8 +32,7 @@ def furnish(lab: Lab, node: NodeName, marker: Marker) -> None:
     run(["mount", "-t", "tmpfs", "-o", "mode=755,size=256m", "tmpfs", "/run"])
     NODE_ROOT.mkdir(parents=True)
     run(["mount", "--bind", str(lab.node(node)), str(NODE_ROOT)])
-    if not any(path.is_relative_to("/tmp") for path in code):  # noqa: S108 - the folder itself is meant
-        _cover(Path("/tmp"), "mode=1777,size=1g")  # noqa: S108
+    _empty_tmp(code)
     if lab.directory.exists():
         _cover(lab.directory, "mode=700,size=4k,ro")
     _bind_over(NODE_ROOT / "etc" / "hosts", Path("/etc/hosts"))
@@ -52,6 +51,22 @@ def _detach_foreign_mounts(needed: Iterable[Path]) -> None:
         kept = point in SYSTEM_MOUNTS or point in ancestors
         if not kept and not any(Path(point).is_relative_to(tree) for tree in SYSTEM_TREES):
             run(["umount", "--lazy", point], ok=(0, 1, 32))
+
+
+def _empty_tmp(code: Iterable[Path]) -> None:
+    """Give the node a /tmp of its own, in which only our own code stays where it lies, if it lies there."""
+    tmp = Path("/tmp")  # noqa: S108 - the folder itself is meant
+    kept = [path for path in dict.fromkeys(code) if path.is_relative_to(tmp)]
+    asides = [Path(f"/run/landfall/kept-{number}") for number in range(len(kept))]
+    for path, aside in zip(kept, asides, strict=True):
+        aside.mkdir()
+        run(["mount", "--bind", str(path), str(aside)])
+    _cover(tmp, "mode=1777,size=1g")
+    for path, aside in zip(kept, asides, strict=True):
+        path.mkdir(parents=True, exist_ok=True)
+        run(["mount", "--bind", str(aside), str(path)])
+        run(["umount", str(aside)])
+        aside.rmdir()
 
 
 def _cover(path: Path, options: str) -> None:

@@ -9,7 +9,6 @@ import contextlib
 import fcntl
 import os
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from agent.contract.errors import KernelLacks, LabMissing
-from agent.system.clock import monotonic_s
+from agent.system.clock import wait_until
 from agent.system.failpoint import failpoint
 from agent.system.run import run, start
 from mgmt.lab import control, network, processes, remains
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
 
 DEFAULT_POOL_BYTES = 12 << 30
 START_S = 30.0
-LOOK_AGAIN_S = 0.02
 
 
 class Outcome(StrEnum):
@@ -215,12 +213,10 @@ def _spawn(lab: Lab, node: NodeName) -> Popen[bytes]:
 
 
 def _wait_for_first_process(lab: Lab, node: NodeName, child: Popen[bytes]) -> None:
-    deadline = monotonic_s() + START_S
-    while not control.reachable(lab, node):
-        if child.poll() is not None or monotonic_s() > deadline:
-            words = _log(lab, node).read_text(errors="replace").strip().splitlines()
-            raise LabMissing(f"{node} did not start", cause=words[-1] if words else "it said nothing")
-        time.sleep(LOOK_AGAIN_S)
+    wait_until(lambda: child.poll() is not None or control.reachable(lab, node), START_S)
+    if not control.reachable(lab, node):
+        words = _log(lab, node).read_text(errors="replace").strip().splitlines()
+        raise LabMissing(f"{node} did not start", cause=words[-1] if words else "it said nothing")
     # The node outlives this process; who kills it asks how it ended (processes.kill).
     child.returncode = 0
 

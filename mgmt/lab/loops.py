@@ -11,16 +11,14 @@ import contextlib
 import json
 import os
 import tempfile
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from agent.contract.errors import CommandFailed, LabMissing
-from agent.system.clock import monotonic_s
+from agent.system.clock import wait_until
 from agent.system.run import run
 
-LOOK_AGAIN_S = 0.03
 GRACE_S = 1.0
 POOL_DEVICE = "pool.device"
 """The file beside a pool's image with the device number of the files in the pool (btrfs makes one up at each mount)."""
@@ -72,28 +70,25 @@ def number(device: int) -> str:
 
 
 def wait_until_released(image: Path, limit_s: float) -> bool:
-    """Return whether the last loop device of this file went within the limit; the kernel tells nobody, so look again and again."""
-    deadline = monotonic_s() + limit_s
-    while backed_by(image):
-        if monotonic_s() > deadline:
-            return False
-        time.sleep(LOOK_AGAIN_S)
-    return True
+    """Return whether the last loop device of this file went within the limit."""
+    return wait_until(lambda: not backed_by(image), limit_s)
 
 
 def release(images: Iterable[Path], limit_s: float = 20.0) -> None:
     """Guarantee that no loop device leads to these images: wait for those that go by themselves, thaw and detach the others."""
     pending = list(images)
-    started = monotonic_s()
-    while left := [loop for image in pending for loop in on_pool(image)]:
-        waited = monotonic_s() - started
-        if waited > limit_s:
-            raise LabMissing(f"loop devices stay attached: {', '.join(loop.path for loop in left)}")
-        if waited > GRACE_S:
-            for loop in left:
-                thaw(loop)
-                run(["losetup", "--detach", loop.path], ok=(0, 1))
-        time.sleep(LOOK_AGAIN_S)
+
+    def left() -> list[Loop]:
+        return [loop for image in pending for loop in on_pool(image)]
+
+    def pushed() -> bool:
+        for loop in (stuck := left()):
+            thaw(loop)
+            run(["losetup", "--detach", loop.path], ok=(0, 1))
+        return not stuck
+
+    if not wait_until(lambda: not left(), GRACE_S) and not wait_until(pushed, limit_s):
+        raise LabMissing(f"loop devices stay attached: {', '.join(loop.path for loop in left())}")
 
 
 def thaw(loop: Loop) -> None:
