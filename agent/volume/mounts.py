@@ -37,7 +37,8 @@ def mounted_at(path: Path) -> Mount:
 
 def mount_on(mount_point: Path) -> Mount | None:
     """Return the mount on exactly this directory, the topmost if several are stacked, None if there is none."""
-    found = [mount for mount in mounts() if mount.mount_point == mount_point]
+    real = mount_point.resolve()
+    found = [mount for mount in mounts() if mount.mount_point == real]
     return found[-1] if found else None
 
 

@@ -56,9 +56,10 @@ class ReflinkSubstrate:
         self.pool = Pool(pool)
 
     @staticmethod
-    def initialise(pool: Path) -> None:
-        """Mark a folder on XFS or btrfs as a pool; nothing happens if it is one."""
+    def initialise(pool: Path) -> ReflinkSubstrate:
+        """Mark a folder on XFS or btrfs as a pool, if it is none yet, and open it."""
         Pool.initialise(pool)
+        return ReflinkSubstrate(pool)
 
     @property
     def differential_identity(self) -> str:

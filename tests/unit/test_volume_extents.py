@@ -20,7 +20,8 @@ Extent = tuple[int, int, int, int]  # first block, address, blocks, flags
 def extent_map(extents: list[Extent]) -> ExtentMap:
     columns = [np.array([extent[n] for extent in extents], np.uint64) for n in range(3)]
     flags = np.array([extent[3] for extent in extents], np.uint32)
-    return ExtentMap(*(column * np.uint64(BLOCK_BYTES) for column in columns), flags)
+    logical, physical, length = (column * np.uint64(BLOCK_BYTES) for column in columns)
+    return ExtentMap(logical, physical, length, flags)
 
 
 def addresses(extents: list[Extent]) -> dict[int, int]:
@@ -99,7 +100,8 @@ def test_extents_without_a_plain_address_are_refused(flag: ExtentFlag) -> None:
 
 
 def test_extents_that_are_no_whole_blocks_are_refused() -> None:
-    odd = ExtentMap(*(np.array([value], np.uint64) for value in (0, 512, 4096)), np.zeros(1, np.uint32))
+    logical, physical, length = (np.array([value], np.uint64) for value in (0, 512, 4096))
+    odd = ExtentMap(logical, physical, length, np.zeros(1, np.uint32))
     with pytest.raises(LayoutUnsupported):
         changed_runs(odd, extent_map([]))
 
