@@ -13,6 +13,7 @@ from typing import Final
 
 _GETFLAGS: Final = 0x80086601
 _SETFLAGS: Final = 0x40086602
+_GETVERSION: Final = 0x80087601
 _FSGETXATTR: Final = 0x801C581F
 _FSSETXATTR: Final = 0x401C5820
 _FSXATTR: Final = struct.Struct("<IIIII8x")  # xflags, extsize, nextents, projid, cowextsize
@@ -22,6 +23,13 @@ APPEND: Final = 0x20
 SETTABLE_FLAGS: Final = 0x1 | 0x2 | 0x4 | 0x8 | IMMUTABLE | APPEND | 0x40 | 0x80 | 0x10000 | 0x20000 | 0x800000
 """Flags that chattr sets and Landfall promises: secure deletion, undelete, compress, sync, immutable, append, nodump, noatime,
 dirsync, topdir, nocow. Inherent ones (extents, inline data, encrypted, verity, index) are left out."""
+
+
+def generation(fd: int) -> int:
+    """Return the generation of a regular file's or directory's inode (FS_IOC_GETVERSION): with its number it is a handle."""
+    raw = bytearray(8)
+    fcntl.ioctl(fd, _GETVERSION, raw)
+    return int(struct.unpack_from("<I", raw)[0])
 
 
 def flags(fd: int) -> int:

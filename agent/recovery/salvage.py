@@ -1,0 +1,186 @@
+"""Salvage: the base plus the files that arrived whole, verified, as a generation of its own; and back again.
+
+Steps: workspace (a clone of the base), for an empty base a new filesystem, mount, apply, unmount, verify, commit. Until the commit's rename only
+the clone was written: if we die before it, ``recover`` throws the clone away and salvage runs again from the base; after it, salvage is done.
+The landing volume, the DMI and the arrival record are read and stay as they are, so an undone salvage leaves a transfer that can be resumed.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from uuid import UUID
+
+from agent.blockio.device import Device
+from agent.contract.arrival import ArrivalRecord
+from agent.contract.dmi import Dmi
+from agent.contract.errors import LandfallError, NoSpace, NoSuchGeneration, SalvageFailed
+from agent.contract.identity import GenerationKind, next_generation
+from agent.contract.messages import Deletions, FileOutcome, GenerationFacts, Outcome, Progress, Salvaged, UpdateInstruction
+from agent.recovery.apply import NO_ROOM, Applied, apply_plan
+from agent.recovery.check import check_instruction
+from agent.recovery.mount import make_filesystem, mounted, unmount
+from agent.recovery.plan import HELD, Plan, make_plan
+from agent.recovery.verify import Verified, verify
+from agent.system import clock
+from agent.system.failpoint import failpoint
+from agent.volume.substrate import Substrate, Workspace, WorkspaceKind
+
+
+def _silent(progress: Progress) -> None:
+    """Say nothing of progress."""
+
+
+@dataclass(frozen=True, slots=True)
+class SalvageJob:
+    """What a salvage works with. ``mount_folder`` is the agent's own, mode 0700; every mount is made below it."""
+
+    substrate: Substrate
+    dmi: Dmi
+    arrival: ArrivalRecord
+    instruction: UpdateInstruction
+    mount_folder: Path
+    progress: Callable[[Progress], None] = _silent
+
+    @property
+    def workspace(self) -> Workspace:
+        """The clone of the base."""
+        return Workspace(self.dmi.head.base.volume, self.dmi.head.transfer, WorkspaceKind.SALVAGE)
+
+    @property
+    def landing(self) -> Workspace:
+        """The volume in which the pieces landed."""
+        return Workspace(self.dmi.head.base.volume, self.dmi.head.transfer, WorkspaceKind.LANDING)
+
+    @property
+    def mount_point(self) -> Path:
+        """Where the clone is mounted; its name says whose it is, so that ``recover`` knows what to sweep."""
+        return self.mount_folder / f"{self.workspace.volume}.{self.workspace.transfer}"
+
+
+def salvage(job: SalvageJob) -> Salvaged:
+    """Store the designated files in a clone of the base, verify it and commit it as the newest generation.
+
+    Errors: RequestRefused, FileNotWhole (the instruction), DmiMalformed (names that contradict each other), NoSpace, DeviceBusy,
+    SalvageFailed, VerifyFailed; after each the base is what it was. A file that proves damaged or for which there is no room is left out and
+    is in ``exceptions``. If we die here, nothing was committed, or all.
+    """
+    begun = clock.monotonic_s()
+    designated = check_instruction(job.instruction, job.dmi, job.arrival)
+    excluded: dict[int, FileOutcome] = {}
+    try:
+        while True:
+            plan, applied = _attempt(job, designated, excluded)
+            if not applied.excluded:
+                break
+            excluded |= applied.excluded
+        verified = _verify(job, plan, applied)
+        facts = _commit(job)
+    except OSError as error:
+        job.substrate.discard(job.workspace)
+        if error.errno in NO_ROOM:
+            raise NoSpace("there is no room to make the salvaged volume", cause=str(error)) from error
+        raise SalvageFailed("the clone of the base could not be written", cause=_words(error)) from error
+    except LandfallError:
+        job.substrate.discard(job.workspace)
+        raise
+    exceptions = sorted((*plan.outcomes, *excluded.values()), key=lambda outcome: outcome.file)
+    return Salvaged(facts, tuple(exceptions), verified.files, verified.bytes, round(clock.monotonic_s() - begun, 3))
+
+
+def undo(job: SalvageJob) -> None:
+    """Give the salvaged generation back, so that the transfer can be resumed. NoSuchGeneration if the newest is not this salvage's;
+    DeviceBusy while it is in use. If we die here it is there or not."""
+    held = job.substrate.generations(job.dmi.head.base.volume)
+    if not held or held[-1].kind is not GenerationKind.SALVAGED or held[-1].salvaged_from != job.dmi.head.target:
+        raise NoSuchGeneration("the newest generation is not a salvage of this transfer", fix="`landfall status` shows what there is.")
+    job.substrate.drop(held[-1].id)
+
+
+def recover(substrate: Substrate, mount_folder: Path) -> None:
+    """Sweep what a crash left: mounts below ``mount_folder``, and clones that were not committed. Idempotent; run at every start."""
+    for mount_point in sorted(mount_folder.iterdir()) if mount_folder.is_dir() else []:
+        volume, _, transfer = mount_point.name.partition(".")
+        try:
+            workspace = Workspace(UUID(volume), UUID(transfer), WorkspaceKind.SALVAGE)
+        except ValueError:
+            continue
+        unmount(mount_point)
+        if any(record.id == workspace.volume for record in substrate.volumes()):
+            substrate.discard(workspace)
+        mount_point.rmdir()
+
+
+def _attempt(job: SalvageJob, designated: tuple[int, ...], excluded: dict[int, FileOutcome]) -> tuple[Plan, Applied]:
+    """Make the clone and store what is designated and not excluded."""
+    dmi, instruction = job.dmi, job.instruction
+    job.progress(Progress("workspace", 0, 1))
+    failpoint("recovery.before_clone")
+    job.mount_folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    job.mount_point.mkdir(mode=0o700, exist_ok=True)
+    unmount(job.mount_point)
+    job.substrate.begin(job.workspace, dmi.head.base)
+    failpoint("recovery.after_clone")
+    job.progress(Progress("workspace", 1, 1))
+    from_nothing = dmi.head.base.counter == 0
+    with job.substrate.writing(job.workspace) as device:
+        if from_nothing:
+            make_filesystem(device, dmi.head.filesystem, dmi.head.mkfs_arguments)
+        failpoint("recovery.before_mount")
+        with mounted(device, job.mount_point, dmi.head.filesystem, read_only=False) as mount_fd:
+            plan = make_plan(
+                dmi,
+                [row for row in designated if row not in excluded],
+                apply_deletions=instruction.deletions is Deletions.APPLY or (instruction.complete and not excluded),
+                expected=Outcome.DELETED if instruction.complete or instruction.deletions is Deletions.APPLY else Outcome.HELD,
+                root_names=[name for name in os.listdir(os.fsencode(job.mount_point)) if name.startswith(HELD)],
+            )
+            total = len(plan.create) + len(plan.update)
+            with _landing(job) as landing:
+                applied = apply_plan(plan, dmi, landing, mount_fd, lambda done: job.progress(Progress("apply", done, total)))
+    job.progress(Progress("unmount", 1, 1))
+    return plan, applied
+
+
+@contextmanager
+def _landing(job: SalvageJob) -> Iterator[Device]:
+    with job.substrate.writing(job.landing) as path, Device.open_reading(path) as device:
+        yield device
+
+
+def _verify(job: SalvageJob, plan: Plan, applied: Applied) -> Verified:
+    """Read back what was stored, through a new mount, from the device."""
+    failpoint("recovery.before_verify")
+    total = len(plan.create) + len(plan.update)
+    with (
+        job.substrate.writing(job.workspace) as device,
+        mounted(device, job.mount_point, job.dmi.head.filesystem, read_only=True) as mount_fd,
+    ):
+        verified = verify(plan, job.dmi, applied, mount_fd, lambda done: job.progress(Progress("verify", done, total)))
+    failpoint("recovery.after_verify")
+    return verified
+
+
+def _commit(job: SalvageJob) -> GenerationFacts:
+    """Make the clone a generation under a fresh identity, after the newest that this node holds."""
+    volume = job.dmi.head.base.volume
+    record = next(record for record in job.substrate.volumes() if record.id == volume)
+    newest = max(facts.id.counter for facts in job.substrate.generations(volume))
+    facts = GenerationFacts(
+        next_generation(volume, record.epoch, newest), GenerationKind.SALVAGED, clock.wall_ns(), salvaged_from=job.dmi.head.target
+    )
+    job.progress(Progress("commit", 0, 1))
+    failpoint("recovery.before_commit")
+    job.substrate.commit(job.workspace, facts)
+    failpoint("recovery.after_commit")
+    job.mount_point.rmdir()
+    job.progress(Progress("commit", 1, 1))
+    return facts
+
+
+def _words(error: OSError) -> str:
+    return f"{errno.errorcode.get(error.errno or 0, '?')} {error}"
