@@ -17,6 +17,7 @@ from agent.contract.errors import DmiMalformed, LandfallError, NodeUnreachable, 
 
 DEFAULT_CONFIG = Path("/etc/landfall/agent.toml")
 DEFAULT_SOCKET = Path("/run/landfall/agent.sock")
+STDIN, STDOUT = 0, 1
 
 
 class _Group(click.Group):
@@ -76,7 +77,7 @@ def _bridge(upstream: socket.socket) -> None:
     """Copy both ways until the daemon ends the conversation; the end of our input only ends its input."""
     with selectors.DefaultSelector() as selector:
         selector.register(upstream, selectors.EVENT_READ)
-        selector.register(sys.stdin.buffer.raw, selectors.EVENT_READ)
+        selector.register(STDIN, selectors.EVENT_READ)
         while True:
             for key, _ in selector.select():
                 if key.fileobj is upstream:
@@ -85,13 +86,13 @@ def _bridge(upstream: socket.socket) -> None:
                         return
                     view = memoryview(data)
                     while view:
-                        view = view[os.write(1, view) :]
+                        view = view[os.write(STDOUT, view) :]
                 else:
-                    data = os.read(0, 1 << 20)
+                    data = os.read(STDIN, 1 << 20)
                     if data:
                         upstream.sendall(data)
                     else:
-                        selector.unregister(sys.stdin.buffer.raw)
+                        selector.unregister(STDIN)
                         upstream.shutdown(socket.SHUT_WR)
 
 

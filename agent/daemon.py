@@ -84,7 +84,7 @@ def _converse(service: Service, connection: socket.socket) -> None:
                 document, blob = _answer(service, connection, number, request)
                 connection.sendall(encode_line({"id": number, "result": document}) + blob)
             except LandfallError as error:
-                log.warning("%s", error)
+                log.warning("%s", error, exc_info=type(error) is LandfallError)
                 if not _say(connection, {"id": number, "error": error.to_wire()}):
                     return
             except OSError as error:

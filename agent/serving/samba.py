@@ -46,7 +46,9 @@ class Samba:
         return tuple(Share(name, Path(path)) for name, path in found)
 
     def export(self, share: Share) -> None:
-        """Serve ``share``; on return smbd accepts connections."""
+        """Serve ``share``; on return smbd accepts connections. Without a port nothing is exported."""
+        if not self.port:
+            return
         others = tuple(other for other in self.shares() if other.name != share.name)
         self._apply((*others, share))
 

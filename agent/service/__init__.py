@@ -1,0 +1,75 @@
+"""What the agent does when it is asked: one module per noun of the control plane, one function per verb.
+
+node         what the handlers work on: configuration, substrate, transfers, outbox, exports; one job per volume
+volumes      create, admit, list, serve, unserve
+generations  take, drop, open, close
+transfers    build, receive, send, list, fetch, discard
+salvages     update, undo
+outbox       notifications kept for the management node
+devices      what block devices there are
+show         a DMI in words
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from agent.config import Config
+from agent.contract import messages as m
+from agent.service import devices, generations, salvages, transfers, volumes
+from agent.service.node import Node, ProgressCall
+
+HANDLERS: dict[type[Any], Callable[[Node, Any, ProgressCall], Any]] = {
+    m.Hello: lambda node, arguments, progress: node.facts(),
+    m.ListDevices: devices.list_devices,
+    m.CreateVolume: volumes.create,
+    m.AdmitReplica: volumes.admit,
+    m.ListVolumes: volumes.list_volumes,
+    m.ServeVolume: volumes.serve,
+    m.StopServing: volumes.unserve,
+    m.TakeGeneration: generations.take,
+    m.DropGeneration: generations.drop,
+    m.OpenGeneration: generations.open_generation,
+    m.CloseGeneration: generations.close_generation,
+    m.BuildTransfer: transfers.build_transfer,
+    m.ReceiveTransfer: transfers.receive,
+    m.SendTransfer: transfers.send_transfer,
+    m.ListTransfers: transfers.list_transfers,
+    m.FetchDmi: transfers.fetch_dmi,
+    m.FetchArrival: transfers.fetch_arrival,
+    m.DiscardTransfer: transfers.discard,
+    m.UpdateInstruction: salvages.update,
+    m.UndoSalvage: salvages.undo_salvage,
+    m.ReadOutbox: lambda node, arguments, progress: m.Outbox(node.outbox.read(arguments.after, arguments.wait_s)),
+    m.AcknowledgeOutbox: lambda node, arguments, progress: _acknowledge(node, arguments),
+}
+"""One handler per kind of arguments; the daemon proves at its start that none is missing."""
+
+
+class Service:
+    """The agent's verbs on one node."""
+
+    def __init__(self, config: Config) -> None:
+        if set(HANDLERS) != {arguments for arguments, _ in m.VERBS.values()}:
+            raise RuntimeError("a verb has no handler")
+        self._node = Node(config)
+
+    def recover(self) -> None:
+        """Finish or sweep what the last run of the agent left half done."""
+        self._node.recover()
+        transfers.recover(self._node)
+        salvages.recover(self._node)
+
+    def handle(self, arguments: Any, progress: ProgressCall) -> Any:
+        """Return the answer to a request: the verb's result, or bytes for a blob."""
+        return HANDLERS[type(arguments)](self._node, arguments, progress)
+
+    def close(self) -> None:
+        """End what runs in the background; transfers stay resumable."""
+        self._node.close()
+
+
+def _acknowledge(node: Node, arguments: m.AcknowledgeOutbox) -> m.Done:
+    node.outbox.acknowledge(arguments.sequence)
+    return m.Done()

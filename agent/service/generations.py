@@ -1,0 +1,59 @@
+"""Verbs on generations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from agent.contract import messages as m
+from agent.contract.errors import DeviceBusy
+from agent.contract.identity import GenerationId, GenerationKind, next_generation
+from agent.differential import build as differential
+from agent.service.node import Node, ProgressCall
+from agent.system.clock import wall_ns
+from agent.volume import filesystem
+
+
+def take(node: Node, arguments: m.TakeGeneration, progress: ProgressCall) -> m.Taken:
+    """Freeze, clone, thaw. If we die here the guard thaws, and a generation is held whole or not at all."""
+    record = node.record(arguments.volume)
+    with node.job(record.id, "generation.take"):
+        newest = max(facts.id.counter for facts in node.substrate.generations(record.id))
+        facts = m.GenerationFacts(next_generation(record.id, record.epoch, newest), GenerationKind.FROZEN, wall_ns())
+        mount_point = node.mount_point(record) if node.serving(record) else None
+        frozen_ms = node.substrate.take(record.id, mount_point, facts)
+    return m.Taken(facts, frozen_ms)
+
+
+def drop(node: Node, arguments: m.DropGeneration, progress: ProgressCall) -> m.Done:
+    """Give up a generation and what was derived from it; DeviceBusy while a transfer needs it."""
+    node.generation(arguments.generation)
+    for transfer in map(node.store.load, node.store.list()):
+        if transfer.state is not m.TransferState.COMMITTED and arguments.generation in (transfer.base, transfer.target):
+            raise DeviceBusy(f"transfer {transfer.id} needs generation {arguments.generation.name}", fix="Discard the transfer first.")
+    with node.job(arguments.generation.volume, "generation.drop"):
+        node.substrate.drop(arguments.generation)
+        differential.drop(node.differential_state(arguments.generation.volume), arguments.generation)
+    return m.Done()
+
+
+def open_generation(node: Node, arguments: m.OpenGeneration, progress: ProgressCall) -> m.Opened:
+    """Mount a generation read-only; asked twice, once."""
+    record = node.record(arguments.generation.volume)
+    node.generation(arguments.generation)
+    mount_point = _opened_at(node, arguments.generation)
+    if not filesystem.is_mounted(mount_point):
+        with node.substrate.reading(arguments.generation) as device:
+            filesystem.mount(device, mount_point, record.filesystem, read_only=True)
+    return m.Opened(str(mount_point))
+
+
+def close_generation(node: Node, arguments: m.CloseGeneration, progress: ProgressCall) -> m.Done:
+    """Unmount what ``open_generation`` mounted."""
+    mount_point = _opened_at(node, arguments.generation)
+    if filesystem.is_mounted(mount_point):
+        filesystem.unmount(mount_point)
+    return m.Done()
+
+
+def _opened_at(node: Node, generation: GenerationId) -> Path:
+    return node.private_folder("opened", f"{generation.volume}-{generation.name}")

@@ -1,0 +1,134 @@
+"""What the verbs work on: the node's configuration, substrate, transfers, outbox and exports, and one job per volume at a time."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Protocol
+from uuid import UUID
+
+from agent.config import Config
+from agent.contract import messages as m
+from agent.contract.errors import NoSuchGeneration, NoSuchVolume, TransferBusy
+from agent.contract.identity import GenerationId
+from agent.service.outbox import Outbox
+from agent.serving.samba import Samba
+from agent.transfer.store import TransferStore
+from agent.volume import filesystem
+from agent.volume.freeze import thaw_if_frozen
+from agent.volume.reflink import ReflinkSubstrate
+from agent.volume.substrate import Substrate, VolumeRecord
+
+ProgressCall = Callable[[str, int, int], None]
+"""Called with a step's name, how much is done and how much there is."""
+
+
+class Background(Protocol):
+    """Something that runs on after its verb was answered."""
+
+    def cancel(self) -> None:
+        """End it soon; what it had made durable stays."""
+
+
+class Node:
+    """One NAS node as its agent sees it."""
+
+    def __init__(self, config: Config) -> None:
+        for folder in (config.state_dir, config.run_dir, config.mount_dir):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.config = config
+        ReflinkSubstrate.initialise(config.pool_dir)
+        self.substrate: Substrate = ReflinkSubstrate(config.pool_dir)
+        self.store = TransferStore(config.state_dir / "transfers")
+        self.outbox = Outbox(config.state_dir / "outbox")
+        self.samba = Samba(config.run_dir / "samba", config.replication_address, config.smb_port, config.smb_guest or config.lab)
+        self.background: dict[UUID, Background] = {}
+        self._jobs: dict[UUID, str] = {}
+        self._lock = threading.Lock()
+
+    def facts(self) -> m.NodeFacts:
+        """Return who this node is."""
+        return m.NodeFacts(self.config.node, version("landfall"), m.PROTOCOL, self.config.lab, (self.substrate.kind,))
+
+    def record(self, volume: UUID) -> VolumeRecord:
+        """Return a volume's record; NoSuchVolume if it is not held here."""
+        for record in self.substrate.volumes():
+            if record.id == volume:
+                return record
+        raise NoSuchVolume(f"node {self.config.node} holds no volume {volume}")
+
+    def generation(self, wanted: GenerationId) -> m.GenerationFacts:
+        """Return the facts of a generation; NoSuchGeneration unless all four parts of its identity match one held here."""
+        self.record(wanted.volume)
+        for facts in self.substrate.generations(wanted.volume):
+            if facts.id == wanted:
+                return facts
+        raise NoSuchGeneration(f"node {self.config.node} does not hold generation {wanted.name} of volume {wanted.volume}")
+
+    def mount_point(self, record: VolumeRecord) -> Path:
+        """Return where a volume is mounted while this node serves it."""
+        return self.config.mount_dir / record.name
+
+    def serving(self, record: VolumeRecord) -> bool:
+        """Whether this node has the volume mounted for clients."""
+        return filesystem.is_mounted(self.mount_point(record))
+
+    def private_folder(self, *parts: str) -> Path:
+        """Return a folder of our own, 0700, for mounts nobody else should see."""
+        folder = self.config.run_dir.joinpath("private", *parts)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return folder
+
+    def differential_state(self, volume: UUID) -> Path:
+        """Where the digest tables and name indexes of a volume's generations lie."""
+        folder = self.config.state_dir / "differential" / str(volume)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return folder
+
+    @contextmanager
+    def job(self, volume: UUID, what: str) -> Iterator[None]:
+        """Hold the volume for one job; TransferBusy names the other that has it."""
+        self.claim(volume, what)
+        try:
+            yield
+        finally:
+            self.release(volume)
+
+    def claim(self, volume: UUID, what: str) -> None:
+        """Hold the volume until ``release``; for jobs that run on in the background."""
+        with self._lock:
+            holder = self._jobs.setdefault(volume, what)
+        if holder is not what:
+            raise TransferBusy(f"volume {volume} is busy: {holder}")
+
+    def release(self, volume: UUID) -> None:
+        """Let go of a volume."""
+        with self._lock:
+            self._jobs.pop(volume, None)
+
+    def recover(self) -> None:
+        """Thaw, unmount private leftovers, let the substrate finish or sweep; idempotent."""
+        for record in self.substrate.volumes():
+            if self.serving(record):
+                thaw_if_frozen(self.mount_point(record))
+        filesystem.unmount_below(self.config.run_dir / "private")
+        self.substrate.recover()
+
+    def close(self) -> None:
+        """End background jobs; clients keep their exports."""
+        for running in list(self.background.values()):
+            running.cancel()
+
+
+@contextmanager
+def open_mount(mount_point: Path) -> Iterator[int]:
+    """Yield a descriptor of the root of a mount."""
+    mount_fd = os.open(mount_point, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield mount_fd
+    finally:
+        os.close(mount_fd)

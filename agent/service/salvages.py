@@ -1,0 +1,72 @@
+"""Verbs on salvages: the update instruction, and taking its result back."""
+
+from __future__ import annotations
+
+from agent.contract import messages as m
+from agent.contract.columns import identity
+from agent.contract.errors import BaseMismatch, DeviceBusy, LandfallError, NoSuchTransfer, RequestRefused
+from agent.recovery.salvage import SalvageJob, salvage, undo
+from agent.recovery.salvage import recover as sweep_salvages
+from agent.service.node import Node, ProgressCall
+from agent.service.transfers import place_healed
+from agent.transfer.store import TransferRecord
+
+
+def update(node: Node, arguments: m.UpdateInstruction, progress: ProgressCall) -> m.Salvaged:
+    """Store the designated files in the second operational volume. Every file is checked again by this node's own record."""
+    transfer = node.store.load(arguments.transfer)
+    if transfer.sending or transfer.state is not m.TransferState.INTERRUPTED:
+        raise NoSuchTransfer(f"transfer {transfer.id} is not an interrupted reception: it is {transfer.state}")
+    if node.serving(node.record(transfer.target.volume)):
+        raise DeviceBusy("this node serves the volume", fix="End serving first, or salvage before serving.")
+    if node.substrate.generations(transfer.base.volume)[-1].id != transfer.base:
+        raise BaseMismatch("the newest generation here is not the base of this transfer any more")
+    if identity(node.store.dmi_bytes(transfer.id)).hex() != arguments.dmi_digest:
+        raise RequestRefused("the update instruction speaks of another DMI than the one stored here", fix="Determine anew.")
+    with node.job(transfer.target.volume, f"salvage.update {transfer.id}"):
+        place_healed(node, transfer)
+        salvaged = salvage(_job(node, transfer, arguments, progress))
+        node.store.set_state(transfer.id, m.TransferState.SALVAGED)
+    return salvaged
+
+
+def undo_salvage(node: Node, arguments: m.UndoSalvage, progress: ProgressCall) -> m.Done:
+    """Take the newest salvage of a volume back; its transfer is resumable again."""
+    volume = node.record(arguments.volume)
+    if node.serving(volume) or volume.role is not m.Role.SECONDARY:
+        raise DeviceBusy("the salvaged volume is served: clients may have written to it", fix="It cannot be undone any more.")
+    for number in node.store.list():
+        transfer = node.store.load(number)
+        if transfer.target.volume == volume.id and transfer.state is m.TransferState.SALVAGED:
+            nothing = m.UpdateInstruction(number, "", (), m.Deletions.HOLD, complete=False)
+            with node.job(volume.id, "salvage.undo"):
+                undo(_job(node, transfer, nothing, progress))
+                node.store.set_state(number, m.TransferState.INTERRUPTED)
+            return m.Done()
+    raise NoSuchTransfer(f"no salvage of volume {volume.name} can be undone")
+
+
+def recover(node: Node) -> None:
+    """Sweep clones of a salvage that died; whether a transfer is salvaged is what the generations say."""
+    sweep_salvages(node.substrate, node.private_folder("salvage"))
+    held = {facts.salvaged_from for volume in node.substrate.volumes() for facts in node.substrate.generations(volume.id)}
+    for number in node.store.list():
+        try:
+            transfer = node.store.load(number)
+        except LandfallError:
+            continue
+        is_salvaged = transfer.target in held
+        if transfer.state is (m.TransferState.INTERRUPTED if is_salvaged else m.TransferState.SALVAGED) and not transfer.sending:
+            node.store.set_state(number, m.TransferState.SALVAGED if is_salvaged else m.TransferState.INTERRUPTED)
+
+
+def _job(node: Node, transfer: TransferRecord, instruction: m.UpdateInstruction, progress: ProgressCall) -> SalvageJob:
+    dmi = node.store.dmi(transfer.id)
+    return SalvageJob(
+        substrate=node.substrate,
+        dmi=dmi,
+        arrival=node.store.arrival(transfer.id, node.store.dmi_digest(transfer.id), dmi.piece_total),
+        instruction=instruction,
+        mount_folder=node.private_folder("salvage"),
+        progress=lambda said: progress(said.step, said.done, said.total),
+    )

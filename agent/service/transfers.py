@@ -1,0 +1,381 @@
+"""Verbs on transfers: build the DMI and send it (NAS 1), receive (NAS 2).
+
+A receiver runs on in the background: its verb answers as soon as the data port is open, and a reception that fails is told through the outbox.
+A volume has one transfer under way at a time; a partial one never blocks the next for ever, ``transfer.discard`` ends it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from uuid import UUID
+
+import numpy as np
+
+from agent.contract import messages as m
+from agent.contract.dmi import HOLE, Dmi
+from agent.contract.errors import BaseMismatch, DeviceBusy, LandfallError, NoSuchTransfer, RecordMalformed, TransferBusy
+from agent.contract.identity import BLOCK_BYTES, GenerationId, GenerationKind
+from agent.differential.build import BuildRequest, build
+from agent.differential.reader import View
+from agent.service.node import Node, ProgressCall, open_mount
+from agent.system.clock import wall_ns
+from agent.system.failpoint import failpoint
+from agent.transfer.receiver import ReceiveJob, Receiver, Volumes
+from agent.transfer.sender import SendJob, send
+from agent.transfer.store import TransferRecord
+from agent.volume import filesystem
+from agent.volume.substrate import VolumeRecord, Workspace, WorkspaceKind
+
+
+def build_transfer(node: Node, arguments: m.BuildTransfer, progress: ProgressCall) -> m.Built:
+    """Make the DMI of a new transfer. If we die here there is no transfer, or one without DMI, which ``recover`` discards."""
+    record = node.record(arguments.target.volume)
+    node.generation(arguments.base)
+    node.generation(arguments.target)
+    with node.job(record.id, "transfer.build"):
+        node.store.create(
+            TransferRecord(
+                arguments.transfer,
+                arguments.base,
+                arguments.target,
+                m.Differential.VERIFY,
+                sending=True,
+                state=m.TransferState.BUILDING,
+                since_ns=wall_ns(),
+                priorities=arguments.priorities,
+            )
+        )
+        try:
+            dmi = _build(node, record, arguments)
+            node.store.store_dmi(arguments.transfer, dmi.encode())
+        except BaseException:
+            node.store.discard(arguments.transfer)
+            raise
+        node.store.set_state(arguments.transfer, m.TransferState.WAITING)
+    size = len(node.store.dmi_bytes(arguments.transfer))
+    digest = node.store.dmi_digest(arguments.transfer)
+    return m.Built(dmi.piece_total, dmi.file_total, _changed_bytes(dmi), size, digest.hex())
+
+
+def send_transfer(node: Node, arguments: m.SendTransfer, progress: ProgressCall) -> m.Sent:
+    """Send until NAS 2 has committed. LinkLost: what is durable there stays, and sending again sends only the rest."""
+    transfer = _known(node, arguments.transfer, sending=True)
+    with node.job(transfer.target.volume, "transfer.send"):
+        node.store.set_state(transfer.id, m.TransferState.RUNNING)
+        try:
+            with node.substrate.reading(transfer.target) as target, node.substrate.reading(transfer.base) as base:
+                sent = send(
+                    SendJob(
+                        transfer=transfer.id,
+                        dmi=node.store.dmi(transfer.id),
+                        dmi_bytes=node.store.dmi_bytes(transfer.id),
+                        target=target,
+                        base=base,
+                        address=arguments.address,
+                        port=arguments.port,
+                        differential=arguments.differential,
+                        streams=arguments.streams,
+                        token=arguments.token,
+                        tls=arguments.tls,
+                        priorities=transfer.priorities,
+                        silence_limit_s=arguments.silence_limit_s,
+                        rate_limit_bytes_s=arguments.rate_limit_bytes_s,
+                        progress=lambda said: progress(said.step, said.done, said.total),
+                    )
+                )
+        except BaseException:
+            node.store.set_state(transfer.id, m.TransferState.INTERRUPTED)
+            raise
+        failpoint("src.before_release")
+        node.store.set_state(transfer.id, m.TransferState.COMMITTED)
+    return sent
+
+
+def receive(node: Node, arguments: m.ReceiveTransfer, progress: ProgressCall) -> m.Listening:
+    """Open the data port. BaseMismatch unless the base is this node's newest generation and nobody serves the volume here."""
+    volume = node.record(arguments.target.volume)
+    node.claim(volume.id, what := f"transfer.receive {arguments.transfer}")
+    try:
+        transfer = _expected(node, volume, arguments)
+        receiver = Receiver(_receive_job(node, transfer, arguments))
+        node.store.set_state(transfer.id, m.TransferState.COMMITTED if _held(node, transfer.target) else m.TransferState.WAITING)
+    except BaseException:
+        node.release(volume.id)
+        raise
+    node.background[transfer.id] = receiver
+    threading.Thread(target=_run, args=(node, transfer, receiver), name=what, daemon=True).start()
+    return m.Listening(receiver.address, receiver.port)
+
+
+def list_transfers(node: Node, arguments: m.ListTransfers, progress: ProgressCall) -> m.Transfers:
+    """Return every transfer this node remembers; one whose record cannot be read is left out, and left as it is."""
+    found = []
+    for transfer in node.store.list():
+        try:
+            found.append(_facts(node, node.store.load(transfer)))
+        except LandfallError:
+            continue
+    return m.Transfers(tuple(found))
+
+
+def fetch_dmi(node: Node, arguments: m.FetchDmi, progress: ProgressCall) -> bytes:
+    """Return the DMI's bytes as this node stored them."""
+    return bytes(node.store.dmi_bytes(arguments.transfer))
+
+
+def fetch_arrival(node: Node, arguments: m.FetchArrival, progress: ProgressCall) -> bytes:
+    """Return the arrival record's bytes; nothing has arrived where there is none yet."""
+    path = node.store.arrival_path(arguments.transfer)
+    if not node.store.has_dmi(arguments.transfer):
+        raise NoSuchTransfer(f"transfer {arguments.transfer} has no DMI here: nothing of it can be salvaged")
+    return path.read_bytes() if path.exists() else b""
+
+
+def discard(node: Node, arguments: m.DiscardTransfer, progress: ProgressCall) -> m.Done:
+    """Forget a transfer; on NAS 1 its target generation too, unless it was committed. The running one is refused."""
+    transfer = node.store.load(arguments.transfer)
+    with node.job(transfer.target.volume, "transfer.discard"):
+        _discard(node, transfer)
+    return m.Done()
+
+
+def recover(node: Node) -> None:
+    """Bring every record in line with what is true after a crash; idempotent. What cannot be read is left as it is (B12)."""
+    for number in node.store.list():
+        try:
+            transfer = node.store.load(number)
+        except LandfallError:
+            continue
+        if transfer.state is m.TransferState.BUILDING:
+            node.store.discard(number)
+        elif not transfer.sending and _held(node, transfer.target):
+            node.store.set_state(number, m.TransferState.COMMITTED)
+        elif transfer.state in (m.TransferState.RUNNING, m.TransferState.WAITING):
+            node.store.set_state(number, m.TransferState.INTERRUPTED)
+            if not transfer.sending:
+                _notify(node, transfer, "the agent of the receiving node was restarted")
+
+
+# --- building ---
+
+
+def _build(node: Node, record: VolumeRecord, arguments: m.BuildTransfer) -> Dmi:
+    base, target = node.generation(arguments.base), node.generation(arguments.target)
+    with _view(node, record, arguments.target) as target_view, _base_view(node, record, base) as base_view:
+        return build(
+            BuildRequest(
+                transfer=arguments.transfer,
+                base_id=base.id,
+                target_id=target.id,
+                base_taken_ns=base.taken_ns,
+                target_taken_ns=target.taken_ns,
+                volume_name=record.name,
+                volume_bytes=record.size_bytes,
+                sector_bytes=record.sector_bytes,
+                filesystem=record.filesystem,
+                mkfs_arguments=filesystem.mkfs_arguments(target_view.device, record.filesystem),
+                differential_volume=node.substrate.differential_identity,
+                base=base_view,
+                target=target_view,
+                changed=node.substrate.changed(base.id, target.id),
+                state=node.differential_state(record.id),
+            )
+        )
+
+
+@contextmanager
+def _view(node: Node, record: VolumeRecord, generation: GenerationId) -> Iterator[View]:
+    """Yield a generation's device and read-only mount."""
+    mount_point = node.private_folder("build", f"{record.id}-{generation.name}")
+    with node.substrate.reading(generation) as device:
+        filesystem.mount(device, mount_point, record.filesystem, read_only=True)
+        try:
+            with open_mount(mount_point) as mount_fd:
+                yield View(device, mount_point, mount_fd)
+        finally:
+            filesystem.unmount(mount_point)
+
+
+@contextmanager
+def _base_view(node: Node, record: VolumeRecord, base: m.GenerationFacts) -> Iterator[View | None]:
+    """Yield the view of the base, None for g0, which has no filesystem."""
+    if base.kind is GenerationKind.EMPTY:
+        yield None
+    else:
+        with _view(node, record, base.id) as view:
+            yield view
+
+
+def _changed_bytes(dmi: Dmi) -> int:
+    return int(dmi.block_count.sum(dtype=np.uint64)) * BLOCK_BYTES
+
+
+# --- receiving ---
+
+
+def _expected(node: Node, volume: VolumeRecord, arguments: m.ReceiveTransfer) -> TransferRecord:
+    """Return the record of the transfer that is to come, a new one if it is not known. Everything that speaks against it is said here."""
+    for known in _records(node, volume.id):
+        if known.id == arguments.transfer:
+            if (known.base, known.target, known.sending) != (arguments.base, arguments.target, False):
+                raise BaseMismatch(f"transfer {known.id} is known here with another base or target")
+            if known.state is m.TransferState.SALVAGED:
+                raise TransferBusy("the transfer was salvaged", fix="`landfall salvage --undo` makes it resumable.")
+            return known
+        if known.state is not m.TransferState.COMMITTED:
+            raise TransferBusy(f"transfer {known.id} of this volume is unfinished", fix="Resume, salvage or discard it first.")
+    if node.serving(volume) or volume.role is not m.Role.SECONDARY:
+        raise BaseMismatch(f"node {node.config.node} serves volume {volume.name} itself, so its content is not the base any more")
+    newest = node.substrate.generations(volume.id)[-1]
+    if newest.id != arguments.base:
+        raise BaseMismatch(
+            f"the base {arguments.base.name} is not the newest generation here", cause=f"that is {newest.id.name} of epoch {newest.id.epoch}"
+        )
+    for known in _records(node, volume.id):
+        node.store.discard(known.id)
+    transfer = TransferRecord(
+        arguments.transfer,
+        arguments.base,
+        arguments.target,
+        arguments.differential,
+        sending=False,
+        state=m.TransferState.WAITING,
+        since_ns=wall_ns(),
+    )
+    node.store.create(transfer)
+    return transfer
+
+
+def _receive_job(node: Node, transfer: TransferRecord, arguments: m.ReceiveTransfer) -> ReceiveJob:
+    landing, healed = (Workspace(transfer.base.volume, transfer.id, kind) for kind in (WorkspaceKind.LANDING, WorkspaceKind.HEALED))
+
+    @contextmanager
+    def prepare(dmi: Dmi) -> Iterator[Volumes]:
+        if not node.substrate.exists(landing):
+            if node.store.arrival(transfer.id, node.store.dmi_digest(transfer.id), dmi.piece_total).batches:
+                raise RecordMalformed("pieces are recorded as arrived and their landing volume is gone", fix="Discard the transfer.")
+            node.substrate.begin(landing, transfer.base)
+        node.store.set_state(transfer.id, m.TransferState.RUNNING)
+        with node.substrate.writing(landing) as landing_path, node.substrate.reading(transfer.base) as base_path:
+            yield Volumes(landing_path, base_path)
+
+    def heal() -> AbstractContextManager[Path]:
+        if not node.substrate.exists(healed):
+            node.substrate.begin(healed, transfer.base)
+        return node.substrate.writing(healed)
+
+    def commit() -> None:
+        place_healed(node, transfer)
+        facts = m.GenerationFacts(transfer.target, GenerationKind.COMMITTED, node.store.dmi(transfer.id).head.target_taken_ns)
+        node.substrate.commit(landing, facts)
+        node.store.set_state(transfer.id, m.TransferState.COMMITTED)
+
+    return ReceiveJob(
+        transfer=transfer.id,
+        base=transfer.base,
+        target=transfer.target,
+        differential=arguments.differential,
+        streams=arguments.streams,
+        token=arguments.token,
+        tls=arguments.tls,
+        store=node.store,
+        prepare=prepare,
+        heal=heal,
+        commit=commit,
+        address=node.config.replication_address,
+        committed=_held(node, transfer.target),
+        silence_limit_s=arguments.silence_limit_s,
+    )
+
+
+def place_healed(node: Node, transfer: TransferRecord) -> None:
+    """Let a base whose damaged blocks were fetched take the base's place; what it has is the source's, proved by digest."""
+    healed = Workspace(transfer.base.volume, transfer.id, WorkspaceKind.HEALED)
+    if node.substrate.exists(healed):
+        node.substrate.replace(healed, transfer.base)
+
+
+def _run(node: Node, transfer: TransferRecord, receiver: Receiver) -> None:
+    """Receive to the end. A failure becomes a reception failure notification, after the record says that the transfer is interrupted."""
+    try:
+        receiver.run()
+    except Exception as error:
+        if not _held(node, transfer.target):
+            node.store.set_state(transfer.id, m.TransferState.INTERRUPTED)
+            _notify(node, transfer, str(error))
+    finally:
+        node.background.pop(transfer.id, None)
+        node.release(transfer.target.volume)
+
+
+def _notify(node: Node, transfer: TransferRecord, message: str) -> None:
+    failpoint("dst.before_notification")
+    node.outbox.put("reception-failure", transfer.target.volume, transfer.id, message)
+    failpoint("dst.after_notification")
+
+
+# --- looking ---
+
+
+def _known(node: Node, number: UUID, *, sending: bool) -> TransferRecord:
+    transfer = node.store.load(number)
+    if transfer.sending is not sending:
+        raise NoSuchTransfer(f"transfer {number} goes the other way on node {node.config.node}")
+    return transfer
+
+
+def _records(node: Node, volume: UUID) -> list[TransferRecord]:
+    records = [node.store.load(number) for number in node.store.list()]
+    return [record for record in records if record.target.volume == volume]
+
+
+def _held(node: Node, generation: GenerationId) -> bool:
+    return any(facts.id == generation for facts in node.substrate.generations(generation.volume))
+
+
+def _discard(node: Node, transfer: TransferRecord) -> None:
+    """The record goes last, so a crash here leaves a transfer that can be discarded again."""
+    if transfer.state is m.TransferState.SALVAGED:
+        raise DeviceBusy("a salvage of this transfer is committed", fix="Undo the salvage first, or keep both.")
+    if transfer.sending:
+        if transfer.state is not m.TransferState.COMMITTED and _held(node, transfer.target):
+            node.substrate.drop(transfer.target)
+    else:
+        # Its pieces are recorded as arrived, so the record must not outlive the landing volume as one that can be resumed.
+        node.store.arrival_path(transfer.id).unlink(missing_ok=True)
+        for kind in WorkspaceKind:
+            node.substrate.discard(Workspace(transfer.base.volume, transfer.id, kind))
+    node.store.discard(transfer.id)
+
+
+def _facts(node: Node, transfer: TransferRecord) -> m.TransferFacts:
+    pieces = arrived = bytes_total = bytes_arrived = files = 0
+    if node.store.has_dmi(transfer.id):
+        dmi = node.store.dmi(transfer.id)
+        blocks = dmi.block_count.astype(np.uint64) * BLOCK_BYTES
+        if transfer.differential is m.Differential.SEND:
+            blocks = blocks * (np.uint64(1) + (dmi.diff_block != HOLE).astype(np.uint64))
+        pieces, files, bytes_total = dmi.piece_total, dmi.file_total, int(blocks.sum())
+        if transfer.state is m.TransferState.COMMITTED:
+            arrived, bytes_arrived = pieces, bytes_total
+        elif not transfer.sending:
+            complete = node.store.arrival(transfer.id, node.store.dmi_digest(transfer.id), pieces).complete
+            arrived, bytes_arrived = int(complete.sum()), int(blocks[complete].sum())
+    return m.TransferFacts(
+        transfer.id,
+        transfer.target.volume,
+        transfer.base,
+        transfer.target,
+        transfer.differential,
+        transfer.sending,
+        transfer.state,
+        pieces,
+        arrived,
+        bytes_total,
+        bytes_arrived,
+        files,
+        since_ns=transfer.since_ns,
+    )
