@@ -184,15 +184,14 @@ class Proxy:
         self._reset_all()
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connection = _Connection([writer])
+        self._connections.add(connection)
         try:
             far_reader, far_writer = await asyncio.open_connection(self._to.host, self._to.port)
-        except OSError:
-            _reset(writer)
-            return
-        connection = _Connection(writer, far_writer)
-        self._connections.add(connection)
-        self._tell(Action.CONNECTED)
-        try:
+            connection.ends.append(far_writer)
+            if writer.transport.is_closing():
+                raise ConnectionResetError
+            self._tell(Action.CONNECTED)
             async with asyncio.TaskGroup() as pumps:
                 pumps.create_task(self._pump(reader, far_writer, Direction.UPSTREAM))
                 pumps.create_task(self._pump(far_reader, writer, Direction.DOWNSTREAM))
@@ -200,7 +199,7 @@ class Proxy:
             connection.reset()
         finally:
             self._connections.discard(connection)
-            for end in (writer, far_writer):
+            for end in connection.ends:
                 end.close()
 
     async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, direction: Direction) -> None:
@@ -276,12 +275,11 @@ class Proxy:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Connection:
-    near: asyncio.StreamWriter
-    far: asyncio.StreamWriter
+    ends: list[asyncio.StreamWriter]
 
     def reset(self) -> None:
-        _reset(self.near)
-        _reset(self.far)
+        for end in self.ends:
+            _reset(end)
 
 
 def _reset(writer: asyncio.StreamWriter) -> None:
