@@ -160,7 +160,14 @@ def _batches(first: U64, blocks: U64, batch_blocks: int) -> Iterator[_Batch]:
 
 
 def _in_order(act: Callable[[_Batch], T], batches: Iterator[_Batch], workers: int, ahead: int) -> Iterator[tuple[_Batch, T]]:
-    """Yield each batch with what ``act`` made of it, in order; at most ``ahead`` are begun and not yet yielded."""
+    """Yield each batch with what ``act`` made of it, in order; at most ``ahead`` are begun and not yet yielded.
+
+    One worker is the calling thread itself.
+    """
+    if workers == 1:
+        for batch in batches:
+            yield batch, act(batch)
+        return
     with ThreadPoolExecutor(workers, thread_name_prefix="read") as executor:
         begun: deque[tuple[_Batch, Future[T]]] = deque()
         try:

@@ -107,6 +107,16 @@ def decode(buffer: bytes | memoryview, specs: tuple[ColumnSpec, ...]) -> dict[st
     return columns
 
 
+def identity(buffer: bytes | memoryview) -> bytes:
+    """Return the 16 bytes that a container calls its identity; DmiMalformed if it is too short to have one. Checks nothing else."""
+    view = memoryview(buffer).cast("B")
+    sections = _FIXED.unpack_from(view)[3] if len(view) >= _FIXED.size else MAX_SECTIONS + 1
+    at = _FIXED.size + _SECTION.size * sections
+    if sections > MAX_SECTIONS or at + _DIGEST_BYTES > len(view):
+        raise DmiMalformed("it is too short to have an identity")
+    return bytes(view[at : at + _DIGEST_BYTES])
+
+
 def _aligned(offset: int) -> int:
     return (offset + ALIGN - 1) // ALIGN * ALIGN
 
