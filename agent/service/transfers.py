@@ -15,7 +15,8 @@ from uuid import UUID
 import numpy as np
 
 from agent.contract import messages as m
-from agent.contract.dmi import HOLE, Dmi
+from agent.contract.closure import whole_files
+from agent.contract.dmi import HOLE, Change, Dmi
 from agent.contract.errors import BaseMismatch, DeviceBusy, LandfallError, NoSuchTransfer, RecordMalformed, TransferBusy
 from agent.contract.identity import BLOCK_BYTES, GenerationId, GenerationKind
 from agent.differential.build import BuildRequest, build
@@ -352,18 +353,20 @@ def _discard(node: Node, transfer: TransferRecord) -> None:
 
 
 def _facts(node: Node, transfer: TransferRecord) -> m.TransferFacts:
-    pieces = arrived = bytes_total = bytes_arrived = files = 0
+    pieces = arrived = bytes_total = bytes_arrived = files = whole = 0
     if node.store.has_dmi(transfer.id):
         dmi = node.store.dmi(transfer.id)
         blocks = dmi.block_count.astype(np.uint64) * BLOCK_BYTES
         if transfer.differential is m.Differential.SEND:
             blocks = blocks * (np.uint64(1) + (dmi.diff_block != HOLE).astype(np.uint64))
-        pieces, files, bytes_total = dmi.piece_total, dmi.file_total, int(blocks.sum())
+        reported = (dmi.change & (Change.DELETED | Change.NAMELESS)) == 0
+        pieces, files, bytes_total = dmi.piece_total, int(reported.sum()), int(blocks.sum())
         if transfer.state is m.TransferState.COMMITTED:
-            arrived, bytes_arrived = pieces, bytes_total
+            arrived, bytes_arrived, whole = pieces, bytes_total, files
         elif not transfer.sending:
             complete = node.store.arrival(transfer.id, node.store.dmi_digest(transfer.id), pieces).complete
             arrived, bytes_arrived = int(complete.sum()), int(blocks[complete].sum())
+            whole = int((whole_files(dmi, complete) & reported).sum())
     return m.TransferFacts(
         transfer.id,
         transfer.target.volume,
@@ -377,5 +380,6 @@ def _facts(node: Node, transfer: TransferRecord) -> m.TransferFacts:
         bytes_total,
         bytes_arrived,
         files,
-        since_ns=transfer.since_ns,
+        whole,
+        transfer.since_ns,
     )
