@@ -12,17 +12,21 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import permutations
 from pathlib import Path
 
 import pytest
 
-from agent.contract.errors import LabMissing, NotOurs
+from agent.contract.errors import LabMissing, NodeUnreachable, NotOurs
+from agent.contract.messages import Hello
 from agent.system.run import run
+from mgmt.inventory import read_inventory
 from mgmt.lab import control, lifecycle, loops, processes
 from mgmt.lab.layout import NAMESPACES, NAS_NODES, Lab, NodeName, PoolFilesystem
 from mgmt.lab.lifecycle import Outcome
 from mgmt.lab.namespace import within
+from mgmt.reach import ssh_node
 
 POOL_BYTES = 512 << 20
 UNREACHABLE_S = 0.5
@@ -186,6 +190,27 @@ def test_the_management_nodes_key_opens_nothing_but_the_agent(lab: Lab) -> None:
     done = subprocess.run(lifecycle.inside(lab, MGMT, wrong), capture_output=True, timeout=LIMIT_S, check=False)
     assert done.returncode == 255
     assert b"Permission denied" in done.stderr
+
+
+def test_the_agents_answer_the_management_node_over_ssh_and_only_while_they_run(empty: Lab) -> None:
+    lifecycle.up(empty, pool_size_bytes=POOL_BYTES)
+    inventory = read_inventory(empty.node(MGMT) / "etc" / "landfall.toml")
+    assert inventory.network_namespace == empty.namespace(MGMT)
+
+    def greet(node: NodeName) -> str:
+        with contextlib.closing(ssh_node(inventory.entry(node))) as agent:
+            return agent.ask(Hello()).node
+
+    for node in NAS_NODES:
+        assert within(empty.namespace(MGMT), partial(greet, node)) == node
+    control.kill_service(empty, NAS1, "agent")
+    with pytest.raises(NodeUnreachable):
+        within(empty.namespace(MGMT), partial(greet, NAS1))
+    control.start_service(empty, NAS1, "agent")
+    assert within(empty.namespace(MGMT), partial(greet, NAS1)) == NAS1
+    pools = pool_identities(empty)
+    lifecycle.down(empty)
+    assert footprint(empty, pools) == NOTHING
 
 
 @pytest.mark.parametrize(
