@@ -2,10 +2,11 @@
 
 inventory      the nodes, and how each is reached
 reach          SSH to a node's agent
-catalog        what is known of volumes, generations and transfers
+authority      certificates for both ends of a transfer
 determination  the verdict per file, from recorded facts alone
-plan, run      what to do about it, and the doing
-report         the one account of what happened; tables, JSON and HTML are skins on it
+report, view   the one account of what happened; tables, JSON and HTML are skins on it
+catalog        what is remembered of volumes, transfers, notifications and salvages
+run            the operations: replicate, salvage and the rest
 lab, drill     three nodes on one machine, and the failure rehearsed on them
 cli            the commands
 """

@@ -291,6 +291,17 @@ class RequestRefused(LandfallError):
     code, exit_code, retry, fix = "request-refused", 53, Retry.NEVER, "Update the management node and the agents to the same release."
 
 
+class PrimaryAlive(LandfallError):
+    """The primary answers, so its transfer can be resumed and nothing need be lost; or it still serves, and two nodes must not both."""
+
+    code, exit_code, retry, fix = (
+        "primary-alive",
+        54,
+        Retry.OPERATOR,
+        "`landfall replicate` resumes; `--declare-dead` if it is to be given up.",
+    )
+
+
 def by_code() -> dict[str, type[LandfallError]]:
     """Return every error class by its code."""
 

@@ -1,0 +1,310 @@
+"""What the management node remembers, in SQLite: volumes and their policies, transfers, notifications seen, salvages.
+
+It is never trusted over the agents: which generations and transfers there are is asked of them each time. What stands here is what
+only the management node knows (who replicates to whom, what the administrator laid down) and what must outlive the nodes
+(notifications, loss statements). Every change is one transaction; the file is 0600.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+from uuid import UUID
+
+from agent.contract.errors import ConfigInvalid, NoSuchTransfer, NoSuchVolume, VersionUnknown, VolumeExists
+from agent.contract.identity import FilesystemKind, GenerationId
+from agent.contract.messages import Deletions, Differential, Notification, from_document, to_document
+from mgmt.determination import AtomicSet, Policy
+from mgmt.report import LossStatement
+from mgmt.view import from_json, to_json
+
+MIGRATIONS: Final = (
+    """
+    CREATE TABLE volume (
+        id TEXT PRIMARY KEY, name TEXT NOT NULL UNIQUE, primary_node TEXT NOT NULL, secondary_node TEXT NOT NULL,
+        filesystem TEXT NOT NULL, size_bytes INTEGER NOT NULL, deletions TEXT NOT NULL
+    ) STRICT;
+    CREATE TABLE priority (
+        volume TEXT NOT NULL REFERENCES volume ON DELETE CASCADE, prefix TEXT NOT NULL, level INTEGER NOT NULL,
+        PRIMARY KEY (volume, prefix)
+    ) STRICT;
+    CREATE TABLE atomic_set (
+        volume TEXT NOT NULL REFERENCES volume ON DELETE CASCADE, name TEXT NOT NULL, pattern TEXT NOT NULL,
+        PRIMARY KEY (volume, name, pattern)
+    ) STRICT;
+    CREATE TABLE transfer (
+        id TEXT PRIMARY KEY, volume TEXT NOT NULL, base TEXT NOT NULL, target TEXT NOT NULL, differential TEXT NOT NULL,
+        begun_ns INTEGER NOT NULL, ended_ns INTEGER, ending TEXT NOT NULL DEFAULT ''
+    ) STRICT;
+    CREATE TABLE notification (
+        node TEXT NOT NULL, sequence INTEGER NOT NULL, at_ns INTEGER NOT NULL, kind TEXT NOT NULL, volume TEXT NOT NULL,
+        transfer TEXT, message TEXT NOT NULL, handled INTEGER NOT NULL DEFAULT 0,
+        PRIMARY KEY (node, sequence, at_ns)
+    ) STRICT;
+    CREATE TABLE salvage (
+        number INTEGER PRIMARY KEY, transfer TEXT NOT NULL, volume TEXT NOT NULL, at_ns INTEGER NOT NULL,
+        statement TEXT NOT NULL, undone_ns INTEGER
+    ) STRICT;
+    """,
+)
+"""Each takes the catalog from the version that is its index to the next."""
+
+
+@dataclass(frozen=True, slots=True)
+class VolumeEntry:
+    """A volume, its two nodes and what the administrator laid down for it."""
+
+    id: UUID
+    name: str
+    primary: str
+    secondary: str
+    filesystem: FilesystemKind
+    size_bytes: int
+    policy: Policy = field(default_factory=Policy)
+    priorities: tuple[tuple[str, int], ...] = ()  # (path prefix, higher is earlier)
+
+
+@dataclass(frozen=True, slots=True)
+class TransferEntry:
+    """A transfer that the management node ordered. ``ending`` is committed, interrupted, primary-lost, salvaged, discarded or empty."""
+
+    id: UUID
+    volume: UUID
+    base: GenerationId
+    target: GenerationId
+    differential: Differential
+    begun_ns: int
+    ended_ns: int | None = None
+    ending: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class SeenNotification:
+    """A notification as it was stored; ``handled`` once a resume, salvage or discard answered it."""
+
+    node: str
+    notification: Notification
+    handled: bool
+
+
+@dataclass(frozen=True, slots=True)
+class SalvageEntry:
+    """A salvage and its loss statement."""
+
+    transfer: UUID
+    volume: UUID
+    at_ns: int
+    statement: LossStatement
+    undone_ns: int | None
+
+
+class Catalog:
+    """The catalog in ``path``, made or brought to this release's version when it is opened."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
+        try:
+            self._db = sqlite3.connect(path, isolation_level=None, timeout=30.0, check_same_thread=False)
+            self._db.execute("PRAGMA journal_mode = WAL")
+            self._db.execute("PRAGMA synchronous = FULL")
+            self._db.execute("PRAGMA foreign_keys = ON")
+            self._migrate()
+        except sqlite3.DatabaseError as error:
+            raise ConfigInvalid(
+                f"the catalog {path} cannot be used", cause=str(error), fix="Restore it, or move it away: agents know."
+            ) from error
+
+    def close(self) -> None:
+        """Close the file."""
+        self._db.close()
+
+    # --- volumes ---
+
+    def add_volume(self, entry: VolumeEntry) -> None:
+        """Record a volume; VolumeExists if the name is taken."""
+        row = (str(entry.id), entry.name, entry.primary, entry.secondary, entry.filesystem.value, entry.size_bytes)
+        try:
+            with self._change() as db:
+                db.execute("INSERT INTO volume VALUES (?, ?, ?, ?, ?, ?, ?)", (*row, entry.policy.deletions.value))
+                self._set_rules(db, entry)
+        except sqlite3.IntegrityError as error:
+            raise VolumeExists(f"there is a volume {entry.name} already") from error
+
+    def set_volume(self, entry: VolumeEntry) -> None:
+        """Replace the policy and priorities of a volume."""
+        with self._change() as db:
+            db.execute("UPDATE volume SET deletions = ? WHERE id = ?", (entry.policy.deletions.value, str(entry.id)))
+            for table in ("priority", "atomic_set"):
+                db.execute(f"DELETE FROM {table} WHERE volume = ?", (str(entry.id),))  # noqa: S608 - a name of ours
+            self._set_rules(db, entry)
+
+    def forget_volume(self, volume: UUID) -> None:
+        """Remove a volume that came to nothing."""
+        with self._change() as db:
+            db.execute("DELETE FROM volume WHERE id = ?", (str(volume),))
+
+    def volume(self, name: str) -> VolumeEntry:
+        """Return a volume by name or UUID; NoSuchVolume."""
+        for entry in self.volumes():
+            if name in {entry.name, str(entry.id)}:
+                return entry
+        raise NoSuchVolume(f"there is no volume {name!r}")
+
+    def volumes(self) -> list[VolumeEntry]:
+        """Return all volumes by name."""
+        return [self._volume(row) for row in self._db.execute("SELECT * FROM volume ORDER BY name").fetchall()]
+
+    def _volume(self, row: tuple[str, str, str, str, str, int, str]) -> VolumeEntry:
+        number, name, primary, secondary, filesystem, size_bytes, deletions = row
+        priorities = self._db.execute("SELECT prefix, level FROM priority WHERE volume = ? ORDER BY level DESC, prefix", (number,))
+        patterns: dict[str, list[str]] = {}
+        for atomic, pattern in self._db.execute("SELECT name, pattern FROM atomic_set WHERE volume = ? ORDER BY name, pattern", (number,)):
+            patterns.setdefault(_text(atomic), []).append(_text(pattern))
+        sets = tuple(AtomicSet(atomic, tuple(listed)) for atomic, listed in patterns.items())
+        return VolumeEntry(
+            UUID(number),
+            name,
+            primary,
+            secondary,
+            FilesystemKind(filesystem),
+            size_bytes,
+            Policy(Deletions(deletions), sets),
+            tuple((_text(prefix), level) for prefix, level in priorities),
+        )
+
+    @staticmethod
+    def _set_rules(db: sqlite3.Connection, entry: VolumeEntry) -> None:
+        number = str(entry.id)
+        db.executemany("INSERT INTO priority VALUES (?, ?, ?)", [(number, _stored(prefix), level) for prefix, level in entry.priorities])
+        rows = [(number, _stored(atomic.name), _stored(pattern)) for atomic in entry.policy.atomic_sets for pattern in atomic.patterns]
+        db.executemany("INSERT OR IGNORE INTO atomic_set VALUES (?, ?, ?)", rows)
+
+    # --- transfers ---
+
+    def begin_transfer(self, entry: TransferEntry) -> None:
+        """Record a transfer before anything of it is ordered; a known one is begun again."""
+        base, target = (json.dumps(to_document(generation)) for generation in (entry.base, entry.target))
+        with self._change() as db:
+            db.execute(
+                "INSERT INTO transfer VALUES (?, ?, ?, ?, ?, ?, NULL, '') ON CONFLICT (id) DO UPDATE SET ended_ns = NULL, ending = ''",
+                (str(entry.id), str(entry.volume), base, target, entry.differential.value, entry.begun_ns),
+            )
+
+    def end_transfer(self, transfer: UUID, ending: str, at_ns: int) -> None:
+        """Record how a session of a transfer ended."""
+        with self._change() as db:
+            db.execute("UPDATE transfer SET ended_ns = ?, ending = ? WHERE id = ?", (at_ns, ending, str(transfer)))
+
+    def transfer(self, transfer: UUID) -> TransferEntry | None:
+        """Return what is recorded of a transfer."""
+        row = self._db.execute("SELECT * FROM transfer WHERE id = ?", (str(transfer),)).fetchone()
+        if row is None:
+            return None
+        number, volume, base, target, differential, begun_ns, ended_ns, ending = row
+        first, last = (from_document(json.loads(text), GenerationId) for text in (base, target))
+        return TransferEntry(UUID(number), UUID(volume), first, last, Differential(differential), begun_ns, ended_ns, ending)
+
+    # --- notifications ---
+
+    def store_notifications(self, node: str, notifications: tuple[Notification, ...]) -> list[Notification]:
+        """Keep what an agent said, durable on return; return those that are new here."""
+        new = []
+        with self._change() as db:
+            for said in notifications:
+                row = (
+                    node,
+                    said.sequence,
+                    said.at_ns,
+                    said.kind,
+                    str(said.volume),
+                    str(said.transfer) if said.transfer else None,
+                    said.message,
+                )
+                if db.execute("INSERT OR IGNORE INTO notification VALUES (?, ?, ?, ?, ?, ?, ?, 0)", row).rowcount:
+                    new.append(said)
+        return new
+
+    def notifications(self, volume: UUID | None = None, *, pending_only: bool = False) -> list[SeenNotification]:
+        """Return the notifications of a volume, or all, oldest first."""
+        rows = self._db.execute(
+            "SELECT node, sequence, kind, volume, transfer, at_ns, message, handled FROM notification "
+            "WHERE (?1 IS NULL OR volume = ?1) AND (NOT ?2 OR NOT handled) ORDER BY at_ns, node, sequence",
+            (str(volume) if volume else None, pending_only),
+        )
+        return [
+            SeenNotification(
+                node, Notification(number, kind, UUID(about), UUID(transfer) if transfer else None, at_ns, message), bool(handled)
+            )
+            for node, number, kind, about, transfer, at_ns, message, handled in rows
+        ]
+
+    def mark_handled(self, transfer: UUID) -> None:
+        """Note that what was said of a transfer has been answered."""
+        with self._change() as db:
+            db.execute("UPDATE notification SET handled = 1 WHERE transfer = ?", (str(transfer),))
+
+    # --- salvages ---
+
+    def add_salvage(self, statement: LossStatement) -> None:
+        """Keep a loss statement."""
+        row = (str(statement.transfer), str(statement.volume), statement.circumstances.at_ns, to_json(statement))
+        with self._change() as db:
+            db.execute("INSERT INTO salvage (transfer, volume, at_ns, statement) VALUES (?, ?, ?, ?)", row)
+
+    def undo_salvage(self, volume: UUID, at_ns: int) -> None:
+        """Note that the newest salvage of a volume was undone; its statement stays."""
+        with self._change() as db:
+            db.execute(
+                "UPDATE salvage SET undone_ns = ? WHERE number = (SELECT max(number) FROM salvage WHERE volume = ? AND undone_ns IS NULL)",
+                (at_ns, str(volume)),
+            )
+
+    def salvages(self, volume: UUID) -> list[SalvageEntry]:
+        """Return the salvages of a volume, oldest first."""
+        rows = self._db.execute(
+            "SELECT transfer, volume, at_ns, statement, undone_ns FROM salvage WHERE volume = ? ORDER BY number", (str(volume),)
+        )
+        return [SalvageEntry(UUID(transfer), UUID(about), at_ns, from_json(text), undone) for transfer, about, at_ns, text, undone in rows]
+
+    def newest_salvage(self, volume: UUID) -> SalvageEntry:
+        """Return the salvage that stands; NoSuchTransfer if there is none."""
+        for entry in reversed(self.salvages(volume)):
+            if entry.undone_ns is None:
+                return entry
+        raise NoSuchTransfer("no salvage of this volume stands")
+
+    # --- the file ---
+
+    def _migrate(self) -> None:
+        (version,) = self._db.execute("PRAGMA user_version").fetchone()
+        if version > len(MIGRATIONS):
+            raise VersionUnknown(f"the catalog has version {version}, this release knows {len(MIGRATIONS)}")
+        for number in range(version, len(MIGRATIONS)):
+            self._db.executescript(f"BEGIN IMMEDIATE; {MIGRATIONS[number]} PRAGMA user_version = {number + 1}; COMMIT;")
+
+    @contextmanager
+    def _change(self) -> Iterator[sqlite3.Connection]:
+        """Lend the connection inside one transaction."""
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield self._db
+        except BaseException:
+            self._db.execute("ROLLBACK")
+            raise
+        self._db.execute("COMMIT")
+
+
+def _stored(text: str) -> str:
+    """Return a path as SQLite takes it: JSON, since a lone surrogate is no UTF-8."""
+    return json.dumps(text)
+
+
+def _text(stored: str) -> str:
+    return str(json.loads(stored))

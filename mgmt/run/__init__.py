@@ -1,0 +1,39 @@
+"""The operations: each asks the agents for the facts, decides, orders, and records what came of it.
+
+site          what operations work on: configuration, catalog, authority, the nodes
+volumes       add a volume, list, lay down its policy, serve it or stop
+notices       notifications fetched, stored, acknowledged
+replication   a generation, its differential, a transfer, resumed while both nodes live; discard
+standing      how a volume stands: both sides' facts, open transfers with their gauge
+salvage       the evidence fetched, determined, the update instruction, the loss statement; undo
+"""
+
+from mgmt.run.notices import collect, wait_for_failure
+from mgmt.run.replication import Replicated, discard, replicate
+from mgmt.run.salvage import Salvage, undo, verdicts
+from mgmt.run.salvage import salvage as salvage_volume
+from mgmt.run.site import Site, Teller
+from mgmt.run.standing import NodeView, Standing, standing
+from mgmt.run.volumes import add_volume, list_volumes, serve, set_volume, unserve
+
+__all__ = [
+    "NodeView",
+    "Replicated",
+    "Salvage",
+    "Site",
+    "Standing",
+    "Teller",
+    "add_volume",
+    "collect",
+    "discard",
+    "list_volumes",
+    "replicate",
+    "salvage_volume",
+    "serve",
+    "set_volume",
+    "standing",
+    "undo",
+    "unserve",
+    "verdicts",
+    "wait_for_failure",
+]

@@ -1,0 +1,97 @@
+"""What operations work on: the configuration, the catalog, the authority and the nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+from uuid import UUID
+
+from agent.contract import messages as m
+from agent.contract.errors import ConfigInvalid, NodeUnreachable, VersionUnknown
+from agent.contract.messages import Progress
+from mgmt.authority import Authority
+from mgmt.catalog import Catalog
+from mgmt.inventory import Inventory
+from mgmt.reach import Node, ssh_node
+
+Teller = Callable[[str, Progress], None]
+"""Told, with the name of the node that is at work, how far a long step is."""
+
+HELLO_LIMIT_S = 10.0
+
+
+def nobody(node: str, progress: Progress) -> None:
+    """Be told and say nothing."""
+
+
+class Site:
+    """The management node at work. ``nodes`` replaces SSH in tests."""
+
+    def __init__(self, inventory: Inventory, nodes: dict[str, Node] | None = None) -> None:
+        inventory.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.inventory = inventory
+        self.catalog = Catalog(inventory.state_dir / "catalog.sqlite")
+        self._authority: Authority | None = None
+        self._nodes: dict[str, Node] = dict(nodes or {})
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close every connection."""
+        for node in self._nodes.values():
+            node.close()
+        self.catalog.close()
+
+    @property
+    def authority(self) -> Authority:
+        """The private certificate authority, made at its first use."""
+        if self._authority is None:
+            self._authority = Authority(self.inventory.state_dir / "authority")
+        return self._authority
+
+    def node(self, name: str) -> Node:
+        """Return a node; nothing is connected before it is asked something."""
+        if name not in self._nodes:
+            inventory = self.inventory
+            self._nodes[name] = ssh_node(
+                inventory.entry(name), connect_limit_s=inventory.connect_limit_s, answer_limit_s=inventory.answer_limit_s
+            )
+        return self._nodes[name]
+
+    def alive(self, name: str) -> bool:
+        """Whether a node's agent answers now. A changed host key is no death: HostKeyChanged goes through."""
+        try:
+            self.hello(name)
+        except NodeUnreachable:
+            return False
+        return True
+
+    def hello(self, name: str) -> m.NodeFacts:
+        """Return who answers at a node's address; ConfigInvalid if it calls itself otherwise, VersionUnknown if it speaks otherwise."""
+        facts = self.node(name).ask(m.Hello(), limit_s=HELLO_LIMIT_S)
+        if facts.protocol != m.PROTOCOL:
+            raise VersionUnknown(f"{name} speaks protocol {facts.protocol}, this release {m.PROTOCOL}")
+        if facts.node != name:
+            raise ConfigInvalid(f"the node at {name}'s address calls itself {facts.node}")
+        return facts
+
+    def evidence_folder(self, transfer: UUID) -> Path:
+        """Return where a transfer's DMI and arrival record are kept: the management computer's own memory."""
+        folder = self.inventory.state_dir / "transfers" / str(transfer)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return folder
+
+
+def release() -> str:
+    """Return the release of this installation."""
+    try:
+        return version("landfall")
+    except PackageNotFoundError:
+        return "unknown"

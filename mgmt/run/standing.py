@@ -1,0 +1,85 @@
+"""How a volume stands: what both nodes say of it, its open transfers with their gauge, and what waits for the operator."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from agent.contract import messages as m
+from agent.contract.errors import LandfallError, NodeUnreachable
+from mgmt.catalog import SeenNotification, VolumeEntry
+from mgmt.determination import Gauge
+from mgmt.run import notices
+from mgmt.run.replication import OPEN_STATES
+from mgmt.run.site import Site
+
+
+@dataclass(frozen=True, slots=True)
+class NodeView:
+    """What one node says of a volume; ``problem`` says why it says nothing."""
+
+    node: str
+    facts: m.VolumeFacts | None
+    transfers: tuple[m.TransferFacts, ...]
+    problem: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """A volume's standing. ``pending`` are the notifications that nobody has answered yet."""
+
+    volume: VolumeEntry
+    primary: NodeView
+    secondary: NodeView
+    pending: tuple[SeenNotification, ...]
+
+    @property
+    def open_transfers(self) -> list[m.TransferFacts]:
+        """The transfers that are not committed, as the secondary knows them; the primary's word where the secondary has none."""
+        known = {facts.id for facts in self.secondary.transfers}
+        listed = [*self.secondary.transfers, *(facts for facts in self.primary.transfers if facts.id not in known)]
+        return [facts for facts in listed if facts.state in OPEN_STATES]
+
+    @property
+    def sentence(self) -> str:
+        """The standing in one sentence, and what to do if there is something to do."""
+        name, behind = self.volume.name, self.open_transfers
+        salvaged = [facts for facts in self.secondary.transfers if facts.state is m.TransferState.SALVAGED]
+        if self.secondary.facts is None:
+            return f"{self.secondary.node} says nothing of {name}: {self.secondary.problem or 'it does not hold it'}"
+        if salvaged:
+            return f"{self.secondary.node} holds what was salvaged of transfer {salvaged[-1].id}"
+        if self.primary.facts is None and behind:
+            return f"{self.primary.node} is gone: if it stays so, `landfall salvage {name}` brings {gauge_of(behind[-1]).sentence}"
+        if behind:
+            return f"a transfer is {behind[-1].state}: if {self.primary.node} died now, {gauge_of(behind[-1]).sentence} would survive"
+        if self.primary.facts is None:
+            return f"{self.primary.node} is gone; {self.secondary.node} holds the last generation that was committed"
+        return "nothing is open"
+
+
+def standing(site: Site, name: str) -> Standing:
+    """Return how a volume stands now, asked of both nodes; notifications are fetched on the way."""
+    entry = site.catalog.volume(name)
+    notices.collect(site)
+    return Standing(
+        entry,
+        _view(site, entry, entry.primary),
+        _view(site, entry, entry.secondary),
+        tuple(site.catalog.notifications(entry.id, pending_only=True)),
+    )
+
+
+def gauge_of(facts: m.TransferFacts) -> Gauge:
+    """Return the gauge as the agent keeps it."""
+    return Gauge(facts.files_whole, facts.files_total, facts.bytes_arrived, facts.bytes_total)
+
+
+def _view(site: Site, entry: VolumeEntry, name: str) -> NodeView:
+    try:
+        facts = next((found for found in site.node(name).ask(m.ListVolumes(), limit_s=30).volumes if found.id == entry.id), None)
+        listed = site.node(name).ask(m.ListTransfers(), limit_s=30).transfers
+    except NodeUnreachable as error:
+        return NodeView(name, None, (), error.message)
+    except LandfallError as error:
+        return NodeView(name, None, (), str(error))
+    return NodeView(name, facts, tuple(found for found in listed if found.volume == entry.id))

@@ -1,0 +1,112 @@
+"""Volumes: made on the primary, admitted on the secondary, remembered with their policy."""
+
+from __future__ import annotations
+
+import dataclasses
+from uuid import UUID, uuid4
+
+from agent.contract import messages as m
+from agent.contract.errors import LandfallError, NodeUnreachable, NoSuchVolume, PrimaryAlive, VolumeExists
+from agent.contract.identity import FilesystemKind, plain_name
+from mgmt.catalog import VolumeEntry
+from mgmt.determination import Policy
+from mgmt.reach import Node
+from mgmt.run.site import Site
+
+
+def add_volume(
+    site: Site,
+    name: str,
+    *,
+    filesystem: FilesystemKind,
+    size_bytes: int,
+    primary: str,
+    secondary: str,
+    policy: Policy | None = None,
+    priorities: tuple[tuple[str, int], ...] = (),
+    sector_bytes: int = 512,
+    mkfs_options: tuple[str, ...] = (),
+) -> m.VolumeFacts:
+    """Return the volume as the primary serves it, with a secondary that is ready for its replica.
+
+    Recorded first: if we die here, adding the same volume again finishes what is missing.
+    """
+    plain_name(name)
+    entry = VolumeEntry(uuid4(), name, primary, secondary, filesystem, size_bytes, policy or Policy(), priorities)
+    one, other = site.node(primary), site.node(secondary)
+    for node in (primary, secondary):
+        site.hello(node)
+    known = next((found for found in site.catalog.volumes() if found.name == name), None)
+    if known is None:
+        site.catalog.add_volume(entry)
+    elif dataclasses.replace(known, id=entry.id, policy=entry.policy, priorities=entry.priorities) != entry:
+        raise VolumeExists(f"there is another volume {name} already")
+    else:
+        entry = dataclasses.replace(entry, id=known.id)
+        if _held(one, entry.id) and _held(other, entry.id):
+            raise VolumeExists(f"there is a volume {name} already")
+    facts = _held(one, entry.id)
+    if facts is None:
+        create = m.CreateVolume(entry.id, name, filesystem, size_bytes, sector_bytes, mkfs_options)
+        try:
+            facts = one.ask(create)
+        except NodeUnreachable:
+            raise  # it may have been made: the entry stays, so that the same command finds it
+        except LandfallError:
+            if known is None:
+                site.catalog.forget_volume(entry.id)
+            raise
+    other.ask(m.AdmitReplica(entry.id, name, filesystem, size_bytes))
+    return facts
+
+
+def list_volumes(site: Site) -> list[VolumeEntry]:
+    """Return the volumes that the catalog knows."""
+    return site.catalog.volumes()
+
+
+def set_volume(
+    site: Site, name: str, *, policy: Policy | None = None, priorities: tuple[tuple[str, int], ...] | None = None
+) -> VolumeEntry:
+    """Return the volume with what was given laid down for it; what is None stays."""
+    entry = site.catalog.volume(name)
+    changed = dataclasses.replace(
+        entry,
+        policy=entry.policy if policy is None else policy,
+        priorities=entry.priorities if priorities is None else priorities,
+    )
+    site.catalog.set_volume(changed)
+    return site.catalog.volume(name)
+
+
+def serve(site: Site, name: str, *, node: str | None = None, declare_dead: bool = False) -> m.VolumeFacts:
+    """Return the volume as ``node`` (without one: its secondary) serves it from now on.
+
+    PrimaryAlive while the other node answers, unless an operator declares it dead: two nodes must not both take writes.
+    """
+    entry = site.catalog.volume(name)
+    server = node or entry.secondary
+    for other in {entry.primary, entry.secondary} - {server}:
+        if not declare_dead and site.alive(other):
+            facts = _held(site.node(other), entry.id)
+            if facts is not None and facts.serving:
+                raise PrimaryAlive(f"{other} answers and serves volume {name}", fix=f"`landfall unserve {name} --node {other}` first.")
+    return site.node(server).ask(m.ServeVolume(entry.id))
+
+
+def unserve(site: Site, name: str, *, node: str | None = None) -> m.VolumeFacts:
+    """Return the volume after ``node`` (without one: its primary) stopped to serve it."""
+    entry = site.catalog.volume(name)
+    return site.node(node or entry.primary).ask(m.StopServing(entry.id))
+
+
+def facts_of(node: Node, volume: UUID) -> m.VolumeFacts:
+    """Return a volume as a node holds it; NoSuchVolume."""
+    facts = _held(node, volume)
+    if facts is None:
+        raise NoSuchVolume(f"{node.name} holds no volume {volume}")
+    return facts
+
+
+def _held(node: Node, volume: UUID) -> m.VolumeFacts | None:
+    return next((facts for facts in node.ask(m.ListVolumes()).volumes if facts.id == volume), None)

@@ -1,0 +1,216 @@
+"""Two scripted agents that keep just enough state to replicate, fail, resume and salvage one volume."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from uuid import UUID
+
+import numpy as np
+
+from agent.contract import arrival as arrivals
+from agent.contract import columns
+from agent.contract import messages as m
+from agent.contract.dmi import Change, Dmi
+from agent.contract.errors import LandfallError, NoSuchTransfer
+from agent.contract.identity import FilesystemKind, GenerationId, GenerationKind, empty_generation
+from mgmt.inventory import Inventory, NodeEntry
+from mgmt.run import Site
+from tests.unit.mgmt_dmis import HEAD, File, make
+from tests.unit.mgmt_fakes import FakeAgent
+
+S = m.TransferState
+FILES = [
+    File((b"whole",), needs=(0,), size=10),
+    File((b"half",), needs=(0, 1), size=20),
+    File((b"new",), Change.NEW | Change.CONTENT, needs=(2,), size=30),
+    File((b"inline",), Change.NEW),
+    File((b"gone",), Change.DELETED),
+]
+PIECES = 3
+
+
+class Pair:
+    """nas1 and nas2. ``fails`` is a list of what the next sends do: an error to answer, EOFError to die, None to succeed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.volume: m.CreateVolume | None = None
+        self.admitted = False
+        self.generations: dict[str, list[m.GenerationFacts]] = {"nas1": [], "nas2": []}
+        self.transfers: dict[str, dict[UUID, m.TransferFacts]] = {"nas1": {}, "nas2": {}}
+        self.fails: list[BaseException | None] = []
+        self.bits = [3, 1, 0]
+        self.outbox: list[m.Notification] = []
+        self.notify_on_loss = True
+        self.serving = {"nas1": True, "nas2": False}
+        self.nas1 = FakeAgent(
+            "nas1",
+            {
+                m.CreateVolume: self.create,
+                m.ListVolumes: lambda _: m.Volumes(self.facts("nas1")),
+                m.TakeGeneration: self.take,
+                m.BuildTransfer: self.build,
+                m.SendTransfer: self.send,
+                **self.both("nas1"),
+            },
+        )
+        self.nas2 = FakeAgent(
+            "nas2",
+            {
+                m.AdmitReplica: self.admit,
+                m.ListVolumes: lambda _: m.Volumes(self.facts("nas2")),
+                m.ReceiveTransfer: self.receive,
+                m.FetchDmi: lambda asked: b"".join(self.dmi(asked.transfer).encode()),
+                m.FetchArrival: lambda asked: self.record(asked.transfer),
+                m.UpdateInstruction: self.update,
+                m.UndoSalvage: self.undo,
+                **self.both("nas2"),
+            },
+        )
+
+    def site(self) -> Site:
+        """The management node; a second one has the same catalog."""
+        entries = tuple(NodeEntry(name, "::1", self.folder / "key", "") for name in ("nas1", "nas2"))
+        inventory = Inventory(state_dir=self.folder / "state", node=entries, silence_limit_s=0.1)
+        return Site(inventory, {"nas1": self.nas1.node, "nas2": self.nas2.node})
+
+    def both(self, node: str) -> dict[type, Callable[..., object]]:
+        def discard(asked: m.DiscardTransfer) -> m.Done:
+            if self.transfers[node].pop(asked.transfer, None) is None:
+                raise NoSuchTransfer("unknown")
+            return m.Done()
+
+        def serve(_: m.ServeVolume) -> m.VolumeFacts:
+            self.serving[node] = True
+            return self.facts(node)[0]
+
+        def stop(_: m.StopServing) -> m.VolumeFacts:
+            self.serving[node] = False
+            return self.facts(node)[0]
+
+        def acknowledge(asked: m.AcknowledgeOutbox) -> m.Done:
+            self.outbox = [said for said in self.outbox if said.sequence > asked.sequence]
+            return m.Done()
+
+        return {
+            m.ListTransfers: lambda _: m.Transfers(tuple(self.transfers[node].values())),
+            m.DiscardTransfer: discard,
+            m.ServeVolume: serve,
+            m.StopServing: stop,
+            m.ReadOutbox: lambda _: m.Outbox(tuple(self.outbox) if node == "nas2" else ()),
+            m.AcknowledgeOutbox: acknowledge,
+        }
+
+    def facts(self, node: str) -> tuple[m.VolumeFacts, ...]:
+        if self.volume is None or (node == "nas2" and not self.admitted):
+            return ()
+        role, volume = m.Role.PRIMARY if node == "nas1" else m.Role.SECONDARY, self.volume
+        return (
+            m.VolumeFacts(
+                volume.volume,
+                volume.name,
+                volume.filesystem,
+                volume.size_bytes,
+                role,
+                m.ReplicaState.UP_TO_DATE,
+                1,
+                self.serving[node],
+                "",
+                "",
+                tuple(self.generations[node]),
+            ),
+        )
+
+    def create(self, asked: m.CreateVolume) -> m.VolumeFacts:
+        self.volume = asked
+        return self.facts("nas1")[0]
+
+    def admit(self, asked: m.AdmitReplica) -> m.VolumeFacts:
+        self.admitted = True
+        if not self.generations["nas2"]:
+            self.generations["nas2"].append(m.GenerationFacts(empty_generation(asked.volume), GenerationKind.EMPTY, 0))
+        return self.facts("nas2")[0]
+
+    def take(self, asked: m.TakeGeneration) -> m.Taken:
+        counter = len(self.generations["nas1"]) + 1
+        facts = m.GenerationFacts(GenerationId(asked.volume, 1, counter, f"{counter:032x}"), GenerationKind.FROZEN, counter)
+        self.generations["nas1"].append(facts)
+        return m.Taken(facts, 1.5)
+
+    def build(self, asked: m.BuildTransfer) -> list[object]:
+        self.transfers["nas1"][asked.transfer] = self.transfer(asked.transfer, asked.base, asked.target, sending=True, state=S.WAITING)
+        return [m.Progress("compare", 1, 1), m.Built(PIECES, len(FILES), 3 * 4096, 100, "00" * 16)]
+
+    def receive(self, asked: m.ReceiveTransfer) -> m.Listening:
+        assert asked.tls.peer == "landfall://nas1/sender"
+        self.transfers["nas2"][asked.transfer] = self.transfer(asked.transfer, asked.base, asked.target, sending=False, state=S.WAITING)
+        return m.Listening("192.0.2.12", 7000)
+
+    def send(self, asked: m.SendTransfer) -> object:
+        assert asked.tls.peer == "landfall://nas2/receiver"
+        failure = self.fails.pop(0) if self.fails else None
+        if failure is not None:
+            state = S.INTERRUPTED if self.notify_on_loss else S.RUNNING
+            self.transfers["nas2"][asked.transfer] = dataclasses.replace(self.transfers["nas2"][asked.transfer], state=state)
+            if self.notify_on_loss:
+                self.notify(asked.transfer)
+            raise failure
+        for node in ("nas1", "nas2"):
+            self.transfers[node][asked.transfer] = dataclasses.replace(self.transfers[node][asked.transfer], state=S.COMMITTED)
+        target = self.transfers["nas2"][asked.transfer].target
+        self.generations["nas2"].append(m.GenerationFacts(target, GenerationKind.COMMITTED, 0))
+        return [m.Progress("send", 1, 2), m.Progress("send", 2, 2), m.Sent(12288, 3, 0, 0)]
+
+    def notify(self, transfer: UUID) -> None:
+        assert self.volume
+        number = 1 + max((said.sequence for said in self.outbox), default=0)
+        self.outbox.append(m.Notification(number, "reception-failure", self.volume.volume, transfer, 10**18, "the peer is gone"))
+
+    def transfer(self, number: UUID, base: GenerationId, target: GenerationId, *, sending: bool, state: m.TransferState) -> m.TransferFacts:
+        return m.TransferFacts(number, base.volume, base, target, m.Differential.VERIFY, sending, state, 3, 1, 12288, 4096, 4, 2, 1)
+
+    def dmi(self, transfer: UUID) -> Dmi:
+        facts = self.transfers["nas2"][transfer]
+        head = dataclasses.replace(HEAD, transfer=transfer, base=facts.base, target=facts.target)
+        return dataclasses.replace(make(FILES, PIECES), head=head)
+
+    def record(self, transfer: UUID) -> bytes:
+        digest = columns.identity(b"".join(self.dmi(transfer).encode()))
+        rows, bits = np.arange(PIECES, dtype=np.uint32), np.array(self.bits, dtype=np.uint8)
+        return arrivals.encode_head(transfer, digest, PIECES) + arrivals.encode_batch(0, rows, bits)
+
+    def update(self, asked: m.UpdateInstruction) -> m.Salvaged:
+        raw = b"".join(self.dmi(asked.transfer).encode())
+        assert asked.dmi_digest == columns.identity(raw).hex()
+        facts = self.transfers["nas2"][asked.transfer]
+        self.transfers["nas2"][asked.transfer] = dataclasses.replace(facts, state=S.SALVAGED)
+        salvaged = m.GenerationFacts(dataclasses.replace(facts.target, nonce="f" * 32), GenerationKind.SALVAGED, 1, facts.target)
+        self.generations["nas2"].append(salvaged)
+        return m.Salvaged(salvaged, (), len(asked.files), 10, 0.5)
+
+    def undo(self, asked: m.UndoSalvage) -> m.Done:
+        for number, facts in self.transfers["nas2"].items():
+            if facts.state is S.SALVAGED:
+                self.transfers["nas2"][number] = dataclasses.replace(facts, state=S.INTERRUPTED)
+                self.generations["nas2"].pop()
+                return m.Done()
+        raise NoSuchTransfer("nothing to undo")
+
+    def with_volume(self, site: Site) -> Pair:
+        """Add the volume."""
+        from mgmt import run
+
+        run.add_volume(site, "projects", filesystem=FilesystemKind.EXT4, size_bytes=1 << 30, primary="nas1", secondary="nas2")
+        return self
+
+
+def die() -> BaseException:
+    """As an entry of ``fails``: the agent dies."""
+    return EOFError()
+
+
+def lose(error: type[LandfallError]) -> BaseException:
+    """As an entry of ``fails``: the agent answers this error."""
+    return error("as the script says")

@@ -1,0 +1,303 @@
+"""The operations against two scripted agents: what is asked of whom, in which order, and what is remembered."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from agent.contract import messages as m
+from agent.contract.errors import (
+    LayoutUnsupported,
+    LinkLost,
+    NameRefused,
+    NodeUnreachable,
+    NoSuchTransfer,
+    NotificationUnhandled,
+    PeerRefused,
+    PrimaryAlive,
+    TransferBusy,
+    VolumeExists,
+)
+from agent.contract.identity import FilesystemKind, empty_generation
+from mgmt import run
+from mgmt.determination import AtomicSet, Policy
+from mgmt.report import LossStatement
+from mgmt.run import replication
+from mgmt.view import to_json
+from tests.unit.mgmt_pair import Pair, S, die, lose
+
+
+@pytest.fixture
+def pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pair:
+    monkeypatch.setattr(replication, "FIRST_PAUSE_S", 0.001)
+    return Pair(tmp_path)
+
+
+def verbs(asked: list[object]) -> list[str]:
+    return [m.VERB_OF[type(arguments)] for arguments in asked]
+
+
+def test_the_first_replication_starts_from_the_empty_generation_and_the_next_from_the_last(pair: Pair) -> None:
+    with pair.site() as site:
+        pair.with_volume(site)
+        first = run.replicate(site, "projects")
+        assert pair.volume
+        assert first.base == empty_generation(pair.volume.volume)
+        second = run.replicate(site, "projects", differential=m.Differential.SEND)
+        assert second.base == first.target
+        assert not second.resumed
+        sent = pair.nas1.said(m.SendTransfer)[-1]
+        received = pair.nas2.said(m.ReceiveTransfer)[-1]
+        assert sent.differential is received.differential is m.Differential.SEND
+        assert sent.token == received.token
+        assert sent.tls.key_pem != received.tls.key_pem
+
+
+def test_A_a_proxy_may_stand_between(pair: Pair) -> None:
+    with pair.site() as site:
+        pair.with_volume(site)
+        run.replicate(site, "projects", route=lambda address, port: (f"via-{address}", port + 1), streams=7, rate_limit_bytes_s=99)
+        sent = pair.nas1.said(m.SendTransfer)[0]
+        assert (sent.address, sent.port, sent.streams, sent.rate_limit_bytes_s) == ("via-192.0.2.12", 7001, 7, 99)
+
+
+def test_D_a_link_that_breaks_is_resumed_with_new_passes_and_the_same_transfer(pair: Pair) -> None:
+    pair.fails = [lose(LinkLost), lose(LinkLost), None]
+    with pair.site() as site:
+        pair.with_volume(site)
+        told: list[str] = []
+        done = run.replicate(site, "projects", tell=lambda node, progress: told.append(f"{node} {progress.step}"))
+        assert done.sessions == 3
+        sends = pair.nas1.said(m.SendTransfer)
+        assert len({sent.transfer for sent in sends}) == 1
+        assert len({sent.token for sent in sends}) == 3
+        assert "nas2 waiting to resume: link-lost" in told
+        assert len(pair.nas1.said(m.BuildTransfer)) == 1
+
+
+def test_D_resuming_is_bounded_and_the_next_order_goes_on(pair: Pair) -> None:
+    pair.fails = [lose(LinkLost), lose(LinkLost)]
+    with pair.site() as site:
+        pair.with_volume(site)
+        with pytest.raises(LinkLost):
+            run.replicate(site, "projects", attempts=2)
+        done = run.replicate(site, "projects")
+        assert done.resumed
+        assert len(pair.nas1.said(m.TakeGeneration)) == 1
+        assert [said.kind for said in pair.outbox] == ["reception-failure"] * 2
+
+
+def test_an_error_whose_class_forbids_it_is_not_retried(pair: Pair) -> None:
+    pair.fails = [lose(PeerRefused)]
+    with pair.site() as site:
+        pair.with_volume(site)
+        with pytest.raises(PeerRefused):
+            run.replicate(site, "projects")
+        assert len(pair.nas1.said(m.SendTransfer)) == 1
+
+
+def test_a_primary_that_dies_is_not_asked_again(pair: Pair) -> None:
+    pair.fails = [die()]
+    with pair.site() as site:
+        pair.with_volume(site)
+        with pytest.raises(NodeUnreachable):
+            run.replicate(site, "projects")
+        assert len(pair.nas1.said(m.SendTransfer)) == 1
+        (listed,) = pair.nas2.said(m.ReceiveTransfer)
+        recorded = site.catalog.transfer(listed.transfer)
+        assert recorded
+        assert recorded.ending == "primary-lost"
+
+
+def test_a_transfer_that_was_overtaken_is_forgotten(pair: Pair) -> None:
+    pair.fails = [lose(LinkLost)]
+    with pair.site() as site:
+        pair.with_volume(site)
+        with pytest.raises(LinkLost):
+            run.replicate(site, "projects", attempts=1)
+        old = next(iter(pair.transfers["nas1"]))
+        del pair.transfers["nas1"][old]
+        done = run.replicate(site, "projects")
+        assert not done.resumed
+        assert old not in pair.transfers["nas2"]
+
+
+def failed(pair: Pair, site: run.Site) -> None:
+    pair.fails = [die()]
+    pair.with_volume(site)
+    with pytest.raises(NodeUnreachable):
+        run.replicate(site, "projects")
+
+
+def test_the_salvage_follows_the_order_of_the_claim(pair: Pair) -> None:
+    with pair.site() as site:
+        failed(pair, site)
+        pair.nas2.asked.clear()
+        shown: list[str] = []
+
+        def agree(made: LossStatement) -> bool:
+            shown.append(to_json(made))
+            return True
+
+        statement = run.salvage_volume(site, "projects", decide=agree)
+        assert statement
+        order = verbs(pair.nas2.asked)
+        steps = ["outbox.read", "outbox.acknowledge", "transfer.dmi", "transfer.arrival", "salvage.update"]
+        assert [order.index(step) for step in steps] == sorted(order.index(step) for step in steps)
+        (instruction,) = pair.nas2.said(m.UpdateInstruction)
+        assert instruction.files == (0, 3)
+        assert not instruction.complete
+        assert instruction.deletions is m.Deletions.HOLD
+        assert [(account.paths[0], account.outcome) for account in statement.accounts] == [
+            ("whole", m.Outcome.RECOVERED),
+            ("half", m.Outcome.KEPT),
+            ("new", m.Outcome.ABSENT),
+            ("inline", m.Outcome.RECOVERED),
+            ("gone", m.Outcome.HELD),
+        ]
+        assert statement.generation
+        assert json.loads(shown[0])["generation"] is None
+        folder = site.evidence_folder(instruction.transfer)
+        assert (folder / "dmi").stat().st_size > 0
+        assert (folder / "arrival").stat().st_size > 0
+        assert site.catalog.newest_salvage(statement.volume).statement == statement
+        assert site.catalog.notifications(pending_only=True) == []
+
+
+def test_policy_goes_into_the_instruction(pair: Pair) -> None:
+    with pair.site() as site:
+        failed(pair, site)
+        run.set_volume(site, "projects", policy=Policy(m.Deletions.APPLY, (AtomicSet("pair", ("whole", "half")),)))
+        statement = run.salvage_volume(site, "projects")
+        assert statement
+        assert pair.nas2.said(m.UpdateInstruction)[0].files == (3,)
+        assert statement.files.deleted == 1
+
+
+def test_a_dry_run_changes_nothing(pair: Pair) -> None:
+    with pair.site() as site:
+        failed(pair, site)
+        found = run.verdicts(site, "projects")
+        assert found.statement.files.recovered == 2
+        assert run.salvage_volume(site, "projects", decide=lambda _: False) is None
+        assert pair.nas2.said(m.UpdateInstruction) == []
+
+
+def test_I2_a_living_primary_is_not_salvaged_from_unless_declared_dead(pair: Pair) -> None:
+    pair.fails = [lose(PeerRefused)]
+    with pair.site() as site:
+        pair.with_volume(site)
+        with pytest.raises(PeerRefused):
+            run.replicate(site, "projects")
+        with pytest.raises(PrimaryAlive):
+            run.salvage_volume(site, "projects")
+        assert run.salvage_volume(site, "projects", declare_dead=True)
+
+
+def test_undo_makes_the_transfer_resumable(pair: Pair) -> None:
+    with pair.site() as site:
+        failed(pair, site)
+        assert run.salvage_volume(site, "projects")
+        with pytest.raises(NoSuchTransfer, match="already"):
+            run.salvage_volume(site, "projects")
+        pair.nas1.dead = False
+        with pytest.raises(TransferBusy):
+            run.replicate(site, "projects")
+        run.undo(site, "projects")
+        assert run.replicate(site, "projects").resumed
+        assert site.catalog.salvages(site.catalog.volume("projects").id)[0].undone_ns
+
+
+def test_C3_a_notification_waits_for_a_management_node_that_was_away(pair: Pair) -> None:
+    with pair.site() as site:
+        failed(pair, site)
+    with pair.site() as site:
+        standing = run.standing(site, "projects")
+        assert [seen.notification.kind for seen in standing.pending] == ["reception-failure"]
+        assert pair.outbox == []
+        assert standing.primary.facts is None
+        assert "2 of 4 changed files" in standing.sentence
+        assert run.collect(site).unreachable == ("nas1",)
+
+
+def test_a_receiver_that_has_not_noticed_yet_is_given_its_time(pair: Pair) -> None:
+    pair.notify_on_loss = False
+    with pair.site() as site:
+        failed(pair, site)
+        transfer = next(iter(pair.transfers["nas2"]))
+
+        def notice(asked: m.ReadOutbox) -> m.Outbox:
+            if asked.wait_s > 0 and not pair.outbox:
+                pair.transfers["nas2"][transfer] = dataclasses.replace(pair.transfers["nas2"][transfer], state=S.INTERRUPTED)
+                pair.notify(transfer)
+            return m.Outbox(tuple(pair.outbox))
+
+        pair.nas2.handlers[m.ReadOutbox] = notice
+        assert run.salvage_volume(site, "projects")
+
+
+def test_waiting_for_a_notification_ends(pair: Pair) -> None:
+    pair.notify_on_loss = False
+    with pair.site() as site:
+        failed(pair, site)
+        with pytest.raises(NotificationUnhandled):
+            run.wait_for_failure(site, "nas2", next(iter(pair.transfers["nas2"])), 0.05)
+
+
+def test_discard_tells_both_nodes(pair: Pair) -> None:
+    pair.fails = [lose(PeerRefused)]
+    with pair.site() as site:
+        pair.with_volume(site)
+        with pytest.raises(PeerRefused):
+            run.replicate(site, "projects")
+        assert [node for _, node in run.discard(site, "projects")] == ["nas2", "nas1"]
+        with pytest.raises(NoSuchTransfer):
+            run.discard(site, "projects")
+        assert run.standing(site, "projects").sentence == "nothing is open"
+
+
+def test_C1_adding_a_volume_can_be_finished_by_doing_it_again(pair: Pair) -> None:
+    def unreachable(_: m.AdmitReplica) -> m.VolumeFacts:
+        raise EOFError
+
+    admit = pair.nas2.handlers[m.AdmitReplica]
+    pair.nas2.handlers[m.AdmitReplica] = unreachable
+    with pair.site() as site:
+        with pytest.raises(NodeUnreachable):
+            pair.with_volume(site)
+        pair.nas2.dead, pair.nas2.handlers[m.AdmitReplica] = False, admit
+        pair.with_volume(site)
+        with pytest.raises(VolumeExists):
+            pair.with_volume(site)
+        assert len(pair.nas1.said(m.CreateVolume)) == 1
+
+
+def test_a_layout_that_is_refused_leaves_no_volume(pair: Pair) -> None:
+    def refuse(_: m.CreateVolume) -> m.VolumeFacts:
+        raise LayoutUnsupported("external log")
+
+    pair.nas1.handlers[m.CreateVolume] = refuse
+    with pair.site() as site:
+        with pytest.raises(LayoutUnsupported):
+            pair.with_volume(site)
+        assert run.list_volumes(site) == []
+
+
+def test_I7_the_secondary_serves_only_when_the_primary_does_not(pair: Pair) -> None:
+    with pair.site() as site:
+        pair.with_volume(site)
+        with pytest.raises(PrimaryAlive):
+            run.serve(site, "projects")
+        run.unserve(site, "projects")
+        assert run.serve(site, "projects").serving
+
+
+def test_J10_names_that_are_not_plain_are_refused_before_anybody_is_asked(pair: Pair) -> None:
+    with pair.site() as site:
+        for name in ("x; rm -rf /", "$(id)", "--force", "-h", "a b", "a'b", "a\nb", "", "..", "é"):
+            with pytest.raises(NameRefused):
+                run.add_volume(site, name, filesystem=FilesystemKind.XFS, size_bytes=1, primary="nas1", secondary="nas2")
+        assert pair.nas1.asked == []
