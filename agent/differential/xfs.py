@@ -68,8 +68,8 @@ class XfsReader:
         given up as a whole, and its blocks need not be written.
         """
         nothing = _Groups(np.zeros(0, np.uint64), np.zeros(0, np.uint64))
-        in_base = _in_use(self._base) if self._base else nothing
-        in_target = _in_use(self._target)
+        in_base = _grouped(xfs.inode_chunks(self._base.mount_fd)) if self._base else nothing
+        in_target = _grouped(xfs.inode_chunks(self._target.mount_fd))
         found: list[InodeChanges] = []
         with opened(self._target.device) as target_fd, opened((self._base or self._target).device) as base_fd:
             for inode, of_base, of_target in _candidates(self._layout, in_base, in_target, self._changed):
@@ -126,9 +126,8 @@ class XfsReader:
         return _joined_extents([*pieces, _files(decoded, done, len(inode))])
 
 
-def _in_use(view: View) -> _Groups:
+def _grouped(chunks: xfs.InodeChunks) -> _Groups:
     """Return the inodes in use. Chunks need not begin at a multiple of 64 where sparse inodes are off."""
-    chunks = xfs.inode_chunks(view.mount_fd)
     shift = chunks.first & np.uint64(63)
     group = chunks.first >> np.uint64(6)
     if not bool(np.any(shift)):

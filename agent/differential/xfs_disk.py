@@ -263,8 +263,8 @@ def fork_extents(fd: int, layout: Layout, raw: NDArray[np.void], attribute: bool
         count = np.where(nrext64, raw["big_nextents"].astype(np.int64), raw["nextents"].astype(np.int64))
         start, size = np.full(total, _CORE_BYTES), np.where(offset > 0, offset, literal)
 
-    plain = np.flatnonzero((form == _FORMAT_EXTENTS) & (count > 0))
-    if bool(np.any(count[plain] * 16 > size[plain])) or bool(np.any(size < 0)):
+    plain = np.flatnonzero((form == _FORMAT_EXTENTS) & (count != 0))
+    if bool(np.any((count[plain] < 0) | (count[plain] > size[plain] // 16))) or bool(np.any(size < 0)):
         raise DeviceFailed("an inode has more extents than fit into it")
     fork, row = _expand(plain, count[plain])
     records = _gather(octets, fork, start[fork] + 16 * row, 16)
@@ -304,6 +304,8 @@ def _walk_trees(fd: int, layout: Layout, forks: _Forks, trees: I64) -> tuple[I64
     leaf_record: list[U8] = [np.zeros((0, 16), np.uint8)]
     node_fork, node_block = [fork], [block]
     while len(block):
+        if bool(np.any(block >= np.uint64(layout.blocks))):
+            raise DeviceFailed("an extent tree leads beyond the filesystem")
         distinct, where = np.unique(block, return_inverse=True)
         content = read_blocks(fd, distinct)[where]
         header = np.ascontiguousarray(content[:, :72]).reshape(-1).view(_BMBT_HEADER)

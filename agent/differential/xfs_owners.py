@@ -63,7 +63,7 @@ def owners_of(fd: int, mount_fd: int, layout: Layout, changed: ChangedRuns, chan
     claims = [_mapped(fd, mount_fd, layout, runs, changes)]
     if len(_unclaimed(runs, claims).first):
         claims.append(_fixed(fd, layout))
-        claims.append(_of_inodes(fd, layout, changes.inode[changes.in_target], runs))
+        claims.append(_of_inodes(fd, layout, _with_internal(layout, changes.inode[changes.in_target]), runs))
     left = _unclaimed(runs, claims)
     if len(left.first):
         claims.append(_self_described(fd, layout, left))
@@ -111,7 +111,7 @@ def _regular(fd: int, layout: Layout, inode: U64, changes: InodeChanges) -> NDAr
 
 
 def _fixed(fd: int, layout: Layout) -> Claims:
-    """Return the structures that have their place by the geometry: headers of the groups, their free lists, the log.
+    """Return what has its place by the geometry: headers of the groups, their free lists, the log, what lies beyond the end.
 
     A free list's blocks are neither free nor in use; what stands in them is left from earlier.
     """
@@ -126,14 +126,20 @@ def _fixed(fd: int, layout: Layout) -> Claims:
     listed = (position[None, :] - first[:, None]) % slots.shape[1] < count[:, None]
     group, slot = np.nonzero(listed)
     lists = start[group] + slots[group, slot]
-    log = np.array([layout.log_first], np.uint64)
+    log, beyond = np.array([layout.log_first], np.uint64), np.array([layout.blocks], np.uint64)
     return _joined(
         [
             _claims(start, start + np.uint64(header_blocks), Owner.METADATA),
             _claims(lists, lists + np.uint64(1), Owner.METADATA),
             _claims(log, log + np.uint64(layout.log_blocks), Owner.JOURNAL),
+            _claims(beyond, beyond + np.uint64(2**52), Owner.METADATA),  # a device may end after its filesystem
         ]
     )
+
+
+def _with_internal(layout: Layout, inode: U64) -> U64:
+    """Return the inodes and those of the filesystem itself: quota blocks change with any file."""
+    return np.union1d(inode, np.array(layout.internal_inodes, np.uint64))
 
 
 def _of_inodes(fd: int, layout: Layout, inode: U64, wanted: Ranges) -> Claims:
@@ -209,8 +215,7 @@ def _describes_itself(layout: Layout, block: U64, content: U8) -> NDArray[np.boo
     group, rest = np.divmod(block, np.uint64(layout.group_blocks))
     inode = ((group << np.uint64(layout.group_shift)) | rest) << np.uint64(layout.inode_shift)
     sound |= (number(0, 2) == 0x494E) & (number(152, 8) == inode) & is_uuid(160)  # xfs_dinode
-    # A quota block (xfs_dqblk) does not know its address, so it is left to the walk, which finds it in the quota inode.
-    return sound
+    return sound  # a quota block (xfs_dqblk) does not know its address; the quota inodes' forks claim it
 
 
 def _claims(first: U64, end: U64, owner: Owner) -> Claims:
@@ -280,8 +285,7 @@ def _split(runs: Ranges, claims: Claims) -> Ownership:
     """Return the runs cut where the owner changes; what nobody claims is METADATA. Neighbours of one owner set of one file are joined."""
     bounds, run, rank, segment, claim = _segments(runs, claims)
     of_file = claims.inode[claim] != 0
-    pairs = np.unique(np.stack([segment[of_file].astype(np.uint64), claims.inode[claim[of_file]]], axis=1), axis=0)
-    pair_segment, pair_inode = pairs[:, 0].astype(np.int64), pairs[:, 1]
+    pair_segment, pair_inode = _distinct(segment[of_file], claims.inode[claim[of_file]])
     owners = np.bincount(pair_segment, minlength=len(rank))
     only = np.zeros(len(rank), np.uint64)
     only[pair_segment] = pair_inode
@@ -311,3 +315,12 @@ def _split(runs: Ranges, claims: Claims) -> Ownership:
         piece[kept].astype(np.uint32),
         pair_inode[kept],
     )
+
+
+def _distinct(segment: I64, inode: U64) -> tuple[I64, U64]:
+    """Return the pairs in order, each once: a file may hold a block at several places."""
+    order = np.lexsort((inode, segment))
+    segment, inode = segment[order], inode[order]
+    new = np.ones(len(segment), np.bool_)
+    new[1:] = (segment[1:] != segment[:-1]) | (inode[1:] != inode[:-1])
+    return segment[new], inode[new]

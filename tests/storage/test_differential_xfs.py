@@ -24,6 +24,8 @@ from agent.volume.substrate import ChangedRuns
 pytestmark = [pytest.mark.root, pytest.mark.slow]
 
 BLOCK = 4096
+FRAGMENTS = 6500
+"""Extents of one file, enough for a tree of two levels below the root in an inode of 512 bytes."""
 LAYOUTS = {
     "plain": ["-m", "rmapbt=0,reflink=0,inobtcount=0", "-i", "sparse=0"],
     "reflink": ["-m", "rmapbt=0,reflink=1"],
@@ -63,7 +65,8 @@ class Pair:
     views: tuple[View, View]
     changed: ChangedRuns
     truth: tuple[Truth, Truth]
-    nameless: int  # an open, unlinked inode of the target
+    nameless: int  # an open inode, unlinked since the base
+    lent: list[int]  # an open, unlinked inode that shares its blocks, new in the target; none without reflink
 
 
 def run(*argv: str | Path, stdin: str = "") -> str:
@@ -79,8 +82,7 @@ def attached(image: Path, mount_point: Path, *, writable: bool, sector: int = 51
     how = [] if writable else ["-r"]
     device = Path(run("losetup", "--show", "-f", "-b", str(sector), *how, image).strip())
     try:
-        options = "rw,nouuid" if writable else "ro,norecovery,nouuid"
-        run("mount", "-t", "xfs", "-o", options, device, mount_point)
+        run("mount", "-t", "xfs", "-o", "rw,nouuid" if writable else "ro,norecovery,nouuid", device, mount_point)
         try:
             yield device
         finally:
@@ -147,7 +149,7 @@ def fill(root: Path, reflink: bool) -> None:
     for name in ("big", "swap-a", "swap-b", "cut", "punched", "mapped"):
         (docs / name).write_bytes(os.urandom(400_000))
     with open(docs / "fragments", "wb") as file:
-        for n in range(1500):
+        for n in range(FRAGMENTS):
             os.pwrite(file.fileno(), os.urandom(BLOCK), n * 2 * BLOCK)
     with open(docs / "sparse", "wb") as file:
         os.pwrite(file.fileno(), b"end", 900_000_000)
@@ -191,7 +193,7 @@ def change(root: Path, reflink: bool) -> None:
     run("fallocate", "-l", "1000000", docs / "reserved")
     run("fallocate", "-n", "-o", "500000", "-l", "500000", docs / "d016")
     with open(docs / "fragments", "r+b") as file:
-        for n in range(0, 1500, 7):
+        for n in range(0, FRAGMENTS, 7):
             os.pwrite(file.fileno(), os.urandom(BLOCK), n * 2 * BLOCK)
     with open(docs / "fragments2", "wb") as file:
         for n in range(900):
@@ -330,15 +332,22 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
                 open_file.write(os.urandom(30_000))
                 open_file.flush()
                 change(root, reflink)
-                take(image, root, target)
+                with contextlib.ExitStack() as open_files:
+                    lent = []
+                    if reflink:
+                        run("cp", "--reflink=always", root / "docs" / "d021", root / "lent")
+                        lent.append(os.fstat(open_files.enter_context(open(root / "lent", "rb")).fileno()).st_ino)
+                        (root / "lent").unlink()
+                    take(image, root, target)
         with contextlib.ExitStack() as stack:
             views = (stack.enter_context(frozen(base, here / "b")), stack.enter_context(frozen(target, here / "t")))
             yield Pair(
                 (base, target),
                 views,
                 differing(base, target),
-                (truth_of(base, here / "b", []), truth_of(target, here / "t", [nameless])),
+                (truth_of(base, here / "b", []), truth_of(target, here / "t", [nameless, *lent])),
                 nameless,
+                lent,
             )
     finally:
         for path in (image, base, target):
@@ -365,11 +374,12 @@ def test_every_inode_that_differs_is_reported_and_no_other(pair: Pair) -> None:
             want.add((inode, old, base.stats[inode].mode >> 12, True, False, 0))
         if new is not None:
             want.add((inode, new, target.stats[inode].mode >> 12, False, True, target.stats[inode].facts[5]))
-    lender = pair.views[1].mount_point / "docs" / "d020"
-    if (pair.views[1].mount_point / "docs" / "d020-twin").exists():  # nothing but a flag says that its blocks are shared now
-        want.add((lender.stat().st_ino, target.generation[lender.stat().st_ino], 8, True, True, 1))
+    for inode in pair.lent:
+        want.add((inode, target.generation[inode], 8, False, True, 0))
+        for name in ("d020", "d021"):  # nothing but a flag says that its blocks are shared now
+            lender = (pair.views[1].mount_point / "docs" / name).stat().st_ino
+            want.add((lender, target.generation[lender], 8, True, True, 1))
     want.add((pair.nameless, target.generation[pair.nameless], 8, True, True, 0))
-    print(sorted(want - set(rows))[:20], sorted(set(rows) - want)[:20], len(want), len(rows))
     assert set(rows) == want
     assert len(rows) == len(set(rows))
     assert rows == sorted(rows, key=lambda row: (row[0], not row[3]))
@@ -382,6 +392,7 @@ def test_H10_extents_are_what_xfs_db_says_and_give_the_content(pair: Pair) -> No
     inodes = np.array(sorted(target.data), np.uint64)
     extents = reader.extents(inodes, np.array([target.generation[int(n)] for n in inodes], np.uint32))
     assert len(extents.start) == len(inodes) + 1
+    assert int(np.max(np.diff(extents.start))) >= FRAGMENTS
     content = np.memmap(pair.images[1], np.uint8, "r")
     paths = {path.lstat().st_ino: path for path in files_of(pair.views[1].mount_point)}
     for row, inode in enumerate(inodes.tolist()):
@@ -473,7 +484,7 @@ def test_a_first_transfer_has_all_inodes_and_owners(pair: Pair) -> None:
     changed = all_data(pair.images[1])
     reader = XfsReader(None, pair.views[1], changed)
     changes = reader.changed_inodes()
-    assert set(changes.inode.tolist()) == {*pair.truth[1].stats, pair.nameless}
+    assert set(changes.inode.tolist()) == {*pair.truth[1].stats, pair.nameless, *pair.lent}
     assert bool(np.all(changes.in_target))
     assert not bool(np.any(changes.in_base))
     check_ownership(reader, changed, pair.truth[1])
