@@ -97,8 +97,8 @@ class _Work:
         return self.generator.randbytes(length)
 
     def length(self) -> int:
-        """A length as lengths of files are: half below 8 KiB, few above 100 KiB."""
-        return min(int(self.generator.lognormvariate(9.0, 1.3)), 1 << 20)
+        """A length as lengths of files are: half below 10 KiB, few above 100 KiB."""
+        return min(int(self.generator.lognormvariate(9.2, 1.4)), 1 << 20)
 
     def new_name(self, directory: Path | None = None) -> Path:
         self.made += 1
@@ -262,7 +262,7 @@ def _large_files(work: _Work, at_least: int) -> None:
     """Make three files that are large beside the others: a quarter of the changed bytes of the default drill."""
     for share in (1, 2, 4):
         with work.new_name(work.root).open("xb") as file:
-            for _ in range(max(1, at_least * share * 1024 // (1 << 20))):
+            for _ in range(max(1, at_least * share * 1500 // (1 << 20))):
                 file.write(work.data(1 << 20))
         work.count("create")
 

@@ -8,7 +8,7 @@ import random
 import select
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -18,6 +18,8 @@ from agent.system.run import run, start
 from mgmt.drill.changes import ChangeCounts, KindCount
 
 _AT_ONCE = 40
+_WRITE_SOON = ("-m", "SMB2_02", "-b", "65536")
+"""Makes smbclient write every 64 KiB; by later dialects it collects 8 MiB first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,23 +121,22 @@ class OpenWrite:
     _process: _Process | None = field(default=None)
     _pipe: int = field(default=-1)
 
-    def begin(self, at_least_bytes: int = 4 << 20, timeout_s: float = 30.0) -> None:
-        """Return once the server has some of the client's data and the file is still open; CommandFailed if that does not come."""
+    def begin(self, at_least_bytes: int = 512 << 10, timeout_s: float = 30.0) -> None:
+        """Return once the server has that much of the file, which is still open; CommandFailed if that does not come."""
         reading, self._pipe = os.pipe()
+        client = replace(self.client, options=(*self.client.options, *_WRITE_SOON))
         try:
-            process = self._process = start(self.client.argv(f'put - "{_backslashes(self.path)}"'), stdin=reading)
+            process = self._process = start(client.argv(f'put - "{_backslashes(self.path)}"'), stdin=reading)
         finally:
             os.close(reading)
         os.set_blocking(self._pipe, False)
-        limit, sent, chunk = monotonic_s() + timeout_s, 0, os.urandom(64 << 10)
-        while not (sent >= at_least_bytes and self.served.exists() and self.served.stat().st_size > 0):
-            if monotonic_s() > limit or _ended(process, 0.0 if sent < at_least_bytes else 0.02):
+        limit, left, chunk = monotonic_s() + timeout_s, at_least_bytes + (1 << 20), os.urandom(64 << 10)
+        while not self.served.exists() or self.served.stat().st_size < at_least_bytes:
+            if monotonic_s() > limit or _ended(process, 0.005):
                 self.end(0.0)
                 raise CommandFailed("the SMB client did not come to write", cause=self.path)
-            # What the client has buffered may be less than it waits for before it writes, so it gets more.
-            if sent < 8 * at_least_bytes and select.select([], [self._pipe], [], 0.05)[1]:
-                with contextlib.suppress(BlockingIOError):
-                    sent += os.write(self._pipe, chunk)
+            with contextlib.suppress(BlockingIOError, BrokenPipeError):
+                left -= os.write(self._pipe, chunk) if left > 0 else 0
 
     def write(self, content: bytes) -> None:
         """Let the client write on; returns when the pipe has taken it all."""

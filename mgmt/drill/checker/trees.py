@@ -28,7 +28,7 @@ _FSGETXATTR = 0x801C581F
 _INHERENT_FLAGS = 0x800 | 0x1000 | 0x40000 | 0x80000 | 0x100000 | 0x200000 | 0x2000000 | 0x10000000 | 0x40000000
 _AT_EMPTY_PATH = 0x1000
 _CHUNK = 1 << 20
-_SPARSE_DIGEST_ABOVE = 256 << 20
+_SPARSE_DIGEST_ABOVE = 16 << 20
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
@@ -196,7 +196,7 @@ def _digest(fd: int, size: int, label: str, path: bytes) -> bytes:
 
 
 def file_digest(fd: int, size: int) -> bytes:
-    """Return the sha256 of a file. Above 256 MiB it is folded over offset and bytes of the chunks that are not all zeros.
+    """Return the sha256 of a file. Above 16 MiB it is folded over offset and bytes of the chunks that are not all zeros.
 
     That keeps a sparse terabyte readable and is the same for a hole and for written zeros.
     """
