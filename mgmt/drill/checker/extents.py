@@ -14,7 +14,7 @@ from mgmt.drill.checker.blocks import BLOCK, Blocks
 from mgmt.drill.checker.trees import command
 
 _EX_LEAF = re.compile(r"^\s*(\d+)/\s*(\d+)\s+\d+/\s*\d+\s+\d+\s+-\s+\d+\s+(\d+)\s+-\s+(\d+)\s+\d+")
-_BLOCK_RANGE = re.compile(r"\b(\d+)\b")
+_BLOCK = re.compile(r"\b(\d+)\b")
 _BMAP = re.compile(r"startblock \d+ \((\d+)/(\d+)\) count (\d+)")
 
 
@@ -38,18 +38,17 @@ def _ext4(image: Path, inodes: list[int]) -> dict[int, list[tuple[int, int]]]:
         file.seek(1024)
         block_bytes = 1024 << struct.unpack_from("<I", file.read(1024), 24)[0]
     ranges: dict[int, list[tuple[int, int]]] = {}
-    mapped: list[int] = []
+    mapped: list[int] = []  # those that have no extent tree: block maps, and inline data, which has no blocks
     for inode, lines in _debugfs(image, "ex", inodes).items():
         ranges[inode] = []
-        for line in lines:
-            if match := _EX_LEAF.match(line):
-                level, depth, first, last = (int(value) for value in match.groups())
-                if level == depth:
-                    ranges[inode].append((first * block_bytes, (last + 1) * block_bytes))
-            elif "does not use extent" in line:
-                mapped.append(inode)
+        if not any("Logical" in line for line in lines):
+            mapped.append(inode)
+        for match in filter(None, map(_EX_LEAF.match, lines)):
+            level, depth, first, last = (int(value) for value in match.groups())
+            if level == depth:
+                ranges[inode].append((first * block_bytes, (last + 1) * block_bytes))
     for inode, lines in (_debugfs(image, "blocks", mapped) if mapped else {}).items():
-        numbers = [int(number) for line in lines for number in _BLOCK_RANGE.findall(line)]
+        numbers = [int(number) for line in lines for number in _BLOCK.findall(line)]
         ranges[inode] = [(number * block_bytes, (number + 1) * block_bytes) for number in numbers if number]
     return ranges
 
@@ -58,8 +57,7 @@ def _debugfs(image: Path, verb: str, inodes: list[int]) -> dict[int, list[str]]:
     with tempfile.NamedTemporaryFile("w", prefix="landfall-check-") as script:
         script.writelines(f"{verb} <{inode}>\n" for inode in inodes)
         script.flush()
-        # Standard error is where "does not use extent block maps" may stand; it is wanted in its place among the lines.
-        text = command("sh", "-c", 'exec debugfs -f "$1" "$2" 2>&1', "sh", script.name, str(image))
+        text = command("debugfs", "-f", script.name, str(image))
     found: dict[int, list[str]] = {}
     current: list[str] = []
     for line in text.splitlines():

@@ -102,6 +102,7 @@ class _Judge:
         self.entries: dict[bytes, Entry] = {}  # by identity in the target
         self.gone: dict[bytes, Entry] = {}  # by identity in the base, of what is not in the target
         self.allowed: set[bytes] = set(self.target.nodes) | {b""}
+        self.held_places = [path for path in self.result.nodes if path.startswith(HELD + b"/")]
         self.now_at = {entry.now_at for entry in loss.files if entry.now_at} if loss else set()
 
     def run(self) -> Verdict:
@@ -245,7 +246,7 @@ class _Judge:
         else:
             names = paths or (path,)
             places = [place for name in names for place in (name, self._place_of(name), HELD + b"/" + name)]
-            places += [place for place in self.result.nodes if place.startswith(HELD + b"/")] if not before.is_directory else []
+            places += self.held_places if not before.is_directory else []
         found = [p for p in places if not differences(before, self.result.nodes.get(p), mtime=not before.is_directory)]
         for place in found:
             while place and place not in self.allowed:
