@@ -9,5 +9,6 @@ inodes        attributes of changed inodes, through the mounted generation
 names         the inode-to-name index of a generation
 digests       the digest table of a generation
 pieces        owners' runs to pieces, and which pieces a file needs
+rows          changed inodes to rows of files
 build         all of it together: the DMI
 """

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 from uuid import UUID
@@ -17,15 +17,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agent.contract.digest import BlockDigests, file_digest, payload_digest, piece_digest
-from agent.contract.dmi import Change, Dmi, ExtentFlag, FileKind, Head, Side
+from agent.contract.dmi import Change, Dmi, ExtentFlag, FileKind, Head, Owner
+from agent.contract.dmi import Side as NameSide
+from agent.contract.errors import DeviceFailed
 from agent.contract.identity import FilesystemKind, GenerationId
 from agent.differential import digests, names
 from agent.differential.ext4 import Ext4Reader
-from agent.differential.inodes import Attributes, nameless, read_attributes
 from agent.differential.intervals import spans
 from agent.differential.names import NameIndex
 from agent.differential.pieces import Pieces, needs_of, pieces_of
 from agent.differential.reader import Extents, FilesystemReader, InodeChanges, View
+from agent.differential.rows import Rows, Side, rows_of
 from agent.system import files, handles
 from agent.volume.substrate import ChangedRuns
 
@@ -33,7 +35,6 @@ U64 = NDArray[np.uint64]
 U32 = NDArray[np.uint32]
 
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_NOATIME
-_NOTHING: Final = Change(0)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,55 +58,36 @@ class BuildRequest:
     state: Path
 
 
-@dataclass(frozen=True, slots=True)
-class _File:
-    """One row of the DMI's files before it is columns; ``change`` is complete but for what its pieces say."""
-
-    inode: int
-    generation: int
-    change: Change
-    attributes: Attributes
-    base_names: tuple[tuple[int, bytes], ...]
-    target_names: tuple[tuple[int, bytes], ...]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Indexes:
-    """The names on both sides; ``base`` is empty where the base is g0."""
-
-    base: NameIndex
-    target: NameIndex
-
-
 def build(request: BuildRequest) -> Dmi:
     """Return the DMI of ``request``; it decodes as what it is encoded to.
 
     Errors: LayoutUnsupported, DeviceFailed. Leaves the target's digest table and name index in ``request.state``.
     """
     request.state.mkdir(parents=True, exist_ok=True)
+    files.sweep(request.state)
     base_table, table = _tables(request)
     reader = reader_for(request.filesystem, request.base, request.target, request.changed)
-    before = None if request.base is None else reader_for(request.filesystem, None, request.base, request.changed)
     changes = reader.changed_inodes()
-    indexes = _indexes(request, changes, reader.root_inode)
-    files.sweep(request.state)
-
     regular = (changes.kind == FileKind.REGULAR) & changes.in_target
     extents = reader.extents(changes.inode[regular], changes.generation[regular])
-    ownership = reader.ownership(changes, changes.inode[regular], extents)
-    pieces = pieces_of(request.changed, ownership)
-    changes = _with_others(request, changes, np.unique(ownership.claim_inode), indexes, reader.root_inode)
+    owners = reader.ownership(changes, changes.inode[regular], extents)
+    of_files = owners.owner[owners.claim_run] == Owner.FILE
+    base_names, target_names = _indexes(request, changes, touched=np.setdiff1d(owners.claim_inode[~of_files], changes.inode))
+    changes = _with_others(request, changes, owners.claim_inode, base=base_names, target=target_names, root=reader.root_inode)
+    pieces = pieces_of(request.changed, replace(owners, claim_run=owners.claim_run[of_files], claim_inode=owners.claim_inode[of_files]))
 
-    extents = _extents_of_rows(reader, changes, changes.in_target)
-    old = None if before is None else _extents_of_rows(before, changes, changes.in_base)
-    claimed = np.isin(changes.inode, pieces.claim_inode) & changes.in_target
-    rows = _rows(request, changes, indexes, reader.root_inode, extents=extents, old=old, claimed=claimed)
+    target = _side(request, request.target, reader, index=target_names, changes=changes, there=changes.in_target)
+    base = None
+    if request.base is not None and base_names is not None:
+        before = reader_for(request.filesystem, None, request.base, request.changed)
+        base = _side(request, request.base, before, index=base_names, changes=changes, there=changes.in_base)
+    rows = rows_of(changes, base, target, np.isin(changes.inode, pieces.claim_inode) & changes.in_target)
     head = Head(
         request.transfer, request.base_id, request.target_id, request.base_taken_ns, request.target_taken_ns,
         request.volume_name, request.volume_bytes, request.sector_bytes, request.filesystem, request.mkfs_arguments,
         reader.root_inode, request.differential_volume,
     )  # fmt: skip
-    return Dmi(head, **_piece_columns(pieces, base_table, table), **_file_columns(rows, pieces, extents, table))
+    return Dmi(head, **_piece_columns(pieces, base_table, table), **_file_columns(rows, pieces, target.extents, table))
 
 
 def reader_for(kind: FilesystemKind, base: View | None, target: View, changed: ChangedRuns) -> FilesystemReader:
@@ -147,28 +129,31 @@ def _tables(request: BuildRequest) -> tuple[BlockDigests, BlockDigests]:
     return digests.table_of_zeros(blocks) if base_table is None else base_table, table
 
 
-def _indexes(request: BuildRequest, changes: InodeChanges, root: int) -> _Indexes:
-    """Return the name indexes, the target's stored. One that contradicts the inodes' link counts is not believed but built anew."""
+def _indexes(request: BuildRequest, changes: InodeChanges, touched: U64) -> tuple[NameIndex | None, NameIndex]:
+    """Return the name indexes of base (None: g0) and target, the latter stored.
+
+    An index that contradicts the inodes' link counts is not believed, and where metadata of inodes that did not change was ``touched``
+    (their times have whole seconds only, or a directory was changed twice within a tick), nothing is: both are walked anew.
+    """
     path = _index_path(request.state, request.target_id)
-    if request.base is None:
-        target = names.walked(request.target.mount_fd)
-        names.save(target, path)
-        return _Indexes(names.updated(target, np.unique(target.parent), ()), target)
-    base_path = _index_path(request.state, request.base_id)
-    base = names.load(base_path)
-    if base is not None:
-        target = _updated_index(request, changes, base)
-        if _agrees(target, changes):
-            names.save(target, path)
-            return _Indexes(base, target)
-    base = names.walked(request.base.mount_fd)
-    names.save(base, base_path)
+    base = None
+    if request.base is not None:
+        base_path = _index_path(request.state, request.base_id)
+        base = names.load(base_path)
+        if base is not None and not len(touched):
+            target = _updated_index(request, changes, base)
+            if target is not None and _agrees(target, changes):
+                names.save(target, path)
+                return base, target
+        base = names.walked(request.base.mount_fd)
+        names.save(base, base_path)
     target = names.walked(request.target.mount_fd)
     names.save(target, path)
-    return _Indexes(base, target)
+    return base, target
 
 
-def _updated_index(request: BuildRequest, changes: InodeChanges, base: NameIndex) -> NameIndex:
+def _updated_index(request: BuildRequest, changes: InodeChanges, base: NameIndex) -> NameIndex | None:
+    """Return the base's index with the changed directories read anew; None where one cannot be opened by its number."""
     directories = changes.kind == FileKind.DIRECTORY
     there = np.flatnonzero(directories & changes.in_target & (changes.target_nlink > 0))
 
@@ -181,7 +166,10 @@ def _updated_index(request: BuildRequest, changes: InodeChanges, base: NameIndex
             finally:
                 os.close(fd)
 
-    return names.updated(base, np.unique(changes.inode[directories]), opened())
+    try:
+        return names.updated(base, np.unique(changes.inode[directories]), opened())
+    except DeviceFailed:
+        return None
 
 
 def _agrees(index: NameIndex, changes: InodeChanges) -> bool:
@@ -189,19 +177,21 @@ def _agrees(index: NameIndex, changes: InodeChanges) -> bool:
     return bool(np.all(index.count_of(changes.inode[named]) == changes.target_nlink[named]))
 
 
-def _with_others(request: BuildRequest, changes: InodeChanges, claimed: U64, indexes: _Indexes, root: int) -> InodeChanges:
-    """Return the changes with the inodes that did not change themselves but whose blocks or names did.
+def _with_others(
+    request: BuildRequest, changes: InodeChanges, claimed: U64, *, base: NameIndex | None, target: NameIndex, root: int
+) -> InodeChanges:
+    """Return the changes with the inodes that did not change themselves but whose blocks (``claimed``) or names did.
 
     An inode without a name is left out: nobody's loss.
     """
-    directories = np.unique(changes.inode[changes.kind == FileKind.DIRECTORY])
-    renamed = names.renamed_inodes(indexes.base, indexes.target, directories) if request.base is not None else claimed[:0]
-    others = np.setdiff1d(np.union1d(claimed, renamed), changes.inode)
+    renamed = claimed[:0]
+    if base is not None:
+        renamed = names.renamed_inodes(base, target, np.union1d(changes.inode[changes.kind == FileKind.DIRECTORY], claimed))
     found: list[tuple[int, int, int, int]] = []
-    for inode in others.tolist():
-        for _, path in indexes.target.paths_of(inode, root)[:1]:
-            _, generation = handles.identity_at(request.target.mount_fd, path)
-            facts = os.stat(path, dir_fd=request.target.mount_fd, follow_symlinks=False)
+    for inode in np.setdiff1d(np.union1d(claimed, renamed), changes.inode).tolist():
+        for _, path in target.paths_of(inode, root)[:1]:
+            _, generation = handles.identity_at(request.target.mount_fd, path or b".")
+            facts = os.stat(path or b".", dir_fd=request.target.mount_fd, follow_symlinks=False)
             found.append((inode, generation, facts.st_mode >> 12, facts.st_nlink))
     if not found:
         return changes
@@ -211,99 +201,21 @@ def _with_others(request: BuildRequest, changes: InodeChanges, claimed: U64, ind
         np.concatenate([changes.inode, more[:, 0]]),
         np.concatenate([changes.generation, more[:, 1].astype(np.uint32)]),
         np.concatenate([changes.kind, more[:, 2].astype(np.uint8)]),
-        np.concatenate([changes.in_base, yes & (request.base is not None)]),
+        np.concatenate([changes.in_base, yes]),
         np.concatenate([changes.in_target, yes]),
         np.concatenate([changes.target_nlink, more[:, 3].astype(np.uint32)]),
     )
 
 
-def _extents_of_rows(reader: FilesystemReader, changes: InodeChanges, there: NDArray[np.bool_]) -> Extents:
-    """Return extents with a row of ``start`` for every row of the changes; none where the inode is not there or not regular."""
+def _side(
+    request: BuildRequest, view: View, reader: FilesystemReader, *, index: NameIndex, changes: InodeChanges, there: NDArray[np.bool_]
+) -> Side:
+    """Return one generation with the extents of the changed regular files that are ``there``."""
     rows = np.flatnonzero(there & (changes.kind == FileKind.REGULAR))
     found = reader.extents(changes.inode[rows], changes.generation[rows])
     counts = np.zeros(len(changes.inode), dtype=np.uint64)
     counts[rows] = np.diff(found.start)
-    start = np.concatenate([np.zeros(1, np.uint64), np.cumsum(counts, dtype=np.uint64)])
-    return Extents(start, found.logical, found.physical, found.blocks, found.flags)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Rows:
-    """The files that go into the DMI, and the row of each in the changes (and in their extents)."""
-
-    files: list[_File]
-    of_changes: NDArray[np.int64]
-
-
-def _rows(
-    request: BuildRequest,
-    changes: InodeChanges,
-    indexes: _Indexes,
-    root: int,
-    *,
-    extents: Extents,
-    old: Extents | None,
-    claimed: NDArray[np.bool_],
-) -> _Rows:
-    """Return a row for every inode of which something promised changed."""
-    found: list[_File] = []
-    kept: list[int] = []
-    columns = (changes.inode, changes.generation, changes.kind, changes.in_base, changes.in_target, changes.target_nlink)
-    for row, (inode, generation, kind, in_base, in_target, links) in enumerate(zip(*(column.tolist() for column in columns), strict=True)):
-        base_names = tuple(indexes.base.paths_of(inode, root)) if in_base and request.base is not None else ()
-        target_names = tuple(indexes.target.paths_of(inode, root)) if in_target and links else ()
-        was = now = None
-        if base_names and request.base is not None:
-            was = read_attributes(request.base, request.filesystem, inode, generation, kind, mapped=old is not None and _mapped(old, row))
-        if target_names:
-            now = read_attributes(request.target, request.filesystem, inode, generation, kind, mapped=_mapped(extents, row))
-        if now is not None:
-            change = _change(was, now, claimed[row] or (was is not None and old is not None and not _same_extents(old, extents, row)))
-            change |= Change.NAMES if was is not None and set(base_names) != set(target_names) else _NOTHING
-            file = _File(inode, generation, change, now, base_names if was else (), target_names)
-        elif was is not None:
-            file = _File(inode, generation, Change.DELETED, was, base_names, ())
-        elif in_target:
-            file = _File(inode, generation, Change.NEW | Change.NAMELESS, nameless(kind), (), ())
-        else:
-            continue
-        if file.change:
-            found.append(file)
-            kept.append(row)
-    return _Rows(found, np.array(kept, dtype=np.int64))
-
-
-def _change(was: Attributes | None, now: Attributes, blocks_differ: bool) -> Change:
-    """Return what happened to a file that has a name in the target, its names apart."""
-    if was is None:
-        return Change.NEW | Change.CONTENT | Change.ATTRIBUTES | Change.NAMES
-    change = _NOTHING
-    if now.kind == FileKind.REGULAR and (blocks_differ or was.size != now.size):
-        change |= Change.CONTENT
-    if was.payload != now.payload or was.device != now.device or was.kind != now.kind:
-        change |= Change.CONTENT
-    if _promised(was) != _promised(now):
-        change |= Change.ATTRIBUTES
-    return change
-
-
-def _promised(of: Attributes) -> tuple[int, int, int, int, int, int, int, tuple[tuple[bytes, bytes], ...]]:
-    return of.mode, of.uid, of.gid, of.mtime_s, of.mtime_ns, of.project, of.flags, of.xattrs
-
-
-def _mapped(extents: Extents, row: int) -> bool:
-    return bool(extents.start[row] != extents.start[row + 1])
-
-
-def _same_extents(old: Extents, new: Extents, row: int) -> bool:
-    before, after = (slice(int(each.start[row]), int(each.start[row + 1])) for each in (old, new))
-    unwritten = np.uint32(ExtentFlag.UNWRITTEN)
-    return (
-        np.array_equal(old.logical[before], new.logical[after])
-        and np.array_equal(old.physical[before], new.physical[after])
-        and np.array_equal(old.blocks[before], new.blocks[after])
-        and np.array_equal(old.flags[before] & unwritten, new.flags[after] & unwritten)
-    )
+    return Side(view, request.filesystem, reader.root_inode, index, replace(found, start=_starts(counts)))
 
 
 def _piece_columns(pieces: Pieces, base: BlockDigests, target: BlockDigests) -> dict[str, NDArray[Any]]:
@@ -319,7 +231,7 @@ def _piece_columns(pieces: Pieces, base: BlockDigests, target: BlockDigests) -> 
     }
 
 
-def _file_columns(rows: _Rows, pieces: Pieces, extents: Extents, table: BlockDigests) -> dict[str, NDArray[Any]]:
+def _file_columns(rows: Rows, pieces: Pieces, extents: Extents, table: BlockDigests) -> dict[str, NDArray[Any]]:
     found = rows.files
     inode = np.array([file.inode for file in found], dtype="<u8")
     present = np.array([not file.change & Change.DELETED for file in found], dtype=bool)
@@ -329,7 +241,7 @@ def _file_columns(rows: _Rows, pieces: Pieces, extents: Extents, table: BlockDig
     place = spans(start.astype(np.int64), count.astype(np.int64))
     attributes = [file.attributes for file in found]
     listed = [
-        (side, name) for file in found for side, some in zip(Side, (file.base_names, file.target_names), strict=True) for name in some
+        (side, name) for file in found for side, some in zip(NameSide, (file.base_names, file.target_names), strict=True) for name in some
     ]
     xattrs = [pair for each in attributes for pair in each.xattrs]
     return {
@@ -366,7 +278,7 @@ def _file_columns(rows: _Rows, pieces: Pieces, extents: Extents, table: BlockDig
     }
 
 
-def _content_digests(rows: _Rows, extents: Extents, table: BlockDigests) -> Iterator[bytes]:
+def _content_digests(rows: Rows, extents: Extents, table: BlockDigests) -> Iterator[bytes]:
     """Yield the digest of each file's content in the target; a deleted or nameless file counts as empty but for its size."""
     logical, physical, blocks = extents.logical.tolist(), extents.physical.tolist(), extents.blocks.tolist()
     written = ((extents.flags & np.uint32(ExtentFlag.UNWRITTEN)) == 0).tolist()

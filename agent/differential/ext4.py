@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agent.contract.dmi import Owner
-from agent.differential.ext4_extents import EA_INODE_FLAG, REGULAR, Mapping, field, kinds, mapping, merged_tree, xattr_blocks
+from agent.differential.ext4_extents import EA_INODE_FLAG, REGULAR, field, kinds, mapping, xattr_blocks
 from agent.differential.ext4_layout import (
     JOURNAL_INODE,
     ROOT_INODE,
@@ -26,7 +26,7 @@ from agent.differential.ext4_layout import (
     read_inodes,
     read_layout,
 )
-from agent.differential.intervals import U64, Flags, Runs, cut, row_at, runs_of, runs_of_blocks, united
+from agent.differential.intervals import U64, Flags, Runs, cut, row_at, runs_of, runs_of_blocks, spans, united
 from agent.differential.reader import Extents, InodeChanges, Ownership, View
 from agent.volume.substrate import ChangedRuns
 
@@ -51,12 +51,19 @@ class _Side:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Claims:
-    """Blocks of files: ``runs`` (in order of address) with the inode of each, and blocks that are metadata."""
+class _Owned:
+    """Runs in order of address, and the inode each belongs to."""
 
     runs: Runs
     inode: U64
-    metadata: Runs
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Claims:
+    """What inodes own: data of regular files, and metadata (which inodes may share)."""
+
+    data: _Owned
+    metadata: _Owned
 
 
 class Ext4Reader:
@@ -103,23 +110,28 @@ class Ext4Reader:
         return Extents(start, found.logical, found.physical, found.blocks, found.flags)
 
     def ownership(self, changes: InodeChanges, regular: U64, extents: Extents) -> Ownership:
-        """Return the owners of the changed runs; walks all inodes where a changed allocated block is claimed by nobody."""
-        claims = self._claims_of_changed(changes, regular, extents)
-        journal = self._journal()
-        fixed = united(self._target.fixed, self._system_metadata())
-        free = free_runs(self._target, self._changed)
-        parts = cut(self._runs, *(edge for runs in (fixed, free, journal, claims.runs, claims.metadata) for edge in (runs.first, runs.end)))
-        owner = np.full(len(parts), _UNOWNED, dtype=np.uint8)
-        inode = np.zeros(len(parts), dtype=np.uint64)
-        for runs, as_what in ((fixed, Owner.METADATA), (free, Owner.FREE), (journal, Owner.JOURNAL), (claims.metadata, Owner.METADATA)):
-            owner[(owner == _UNOWNED) & (row_at(runs, parts.first) >= 0)] = as_what
-        _assign(owner, inode, parts, claims)
-        # In the base it was an xattr block of a changed inode and nobody new took it: others share it still.
-        owner[(owner == _UNOWNED) & (row_at(self._shared_xattrs(changes), parts.first) >= 0)] = Owner.METADATA
-        if bool(np.any(owner == _UNOWNED)):
-            parts, owner, inode = self._walk(parts, owner, inode)
-        claimed = np.flatnonzero(owner == Owner.FILE)
-        return Ownership(parts.first, parts.blocks, owner, claimed.astype(np.uint32), inode[claimed])
+        """Return the owners of the changed runs; walks all inodes where a changed allocated block is claimed by nobody.
+
+        What only the walk finds is claimed by its inode even where it is metadata: names or xattrs of that inode may have changed.
+        """
+        found = _claims(self._target, np.unique(np.concatenate([changes.inode[changes.in_target], self._ea_inodes()])))
+        owner_of = np.repeat(regular, np.diff(extents.start).astype(np.int64))
+        files = _by_address(Runs(extents.physical, extents.physical + extents.blocks), owner_of)
+        parts = _Parts(self._runs, np.full(len(self._runs), _UNOWNED, np.uint8), np.zeros(len(self._runs), np.uint64))
+        parts = _given(parts, united(self._target.fixed, self._system_metadata()), Owner.METADATA)
+        parts = _given(parts, free_runs(self._target, self._changed), Owner.FREE)
+        parts = _given(parts, self._journal(), Owner.JOURNAL)
+        parts = _given(parts, united(found.metadata.runs), Owner.METADATA)
+        parts = _given_to_files(parts, files)
+        parts = _given(parts, self._shared_xattrs(changes), Owner.METADATA)
+        parts, others = self._walk(parts) if bool(np.any(parts.owner == _UNOWNED)) else (parts, found.metadata)
+        claimed = np.flatnonzero(parts.owner == Owner.FILE)
+        run, inode = claimed, parts.inode[claimed]
+        if others is not found.metadata:
+            run = np.concatenate([run, np.searchsorted(parts.runs.first, others.runs.first)])
+            inode = np.concatenate([inode, others.inode])
+        order = np.argsort(run, kind="stable")
+        return Ownership(parts.runs.first, parts.runs.blocks, parts.owner, run[order].astype(np.uint32), inode[order])
 
     def _candidates(self) -> U64:
         """Return the inodes that may differ: those in changed blocks of inode tables, and those whose allocation differs."""
@@ -146,13 +158,6 @@ class Ext4Reader:
             used |= inodes_used(base, asked)
         return asked[used]
 
-    def _claims_of_changed(self, changes: InodeChanges, regular: U64, extents: Extents) -> _Claims:
-        """Return what the changed inodes own in the target."""
-        inodes = np.unique(np.concatenate([changes.inode[changes.in_target], self._ea_inodes()]))
-        found = _claims(self._target, inodes)
-        owner = np.repeat(regular, np.diff(extents.start).astype(np.int64))
-        return _Claims(*_by_address(Runs(extents.physical, extents.physical + extents.blocks), owner), found.metadata)
-
     def _ea_inodes(self) -> U64:
         """Return the changed inodes that hold values of xattrs: they are no files, and their blocks are metadata."""
         if not self._target.ea_inodes:
@@ -173,40 +178,75 @@ class Ext4Reader:
         raw = read_inodes(self._target, self._system)
         found = mapping(self._target.device, self._system, raw)
         others = self._system[found.row] != JOURNAL_INODE
-        return united(Runs(found.runs.first[others], found.runs.end[others]), merged_tree(found))
+        return united(Runs(found.runs.first[others], found.runs.end[others]), runs_of_blocks(found.tree))
 
     def _shared_xattrs(self, changes: InodeChanges) -> Runs:
-        if self._base is None:
+        """Return the xattr blocks that changed inodes had in the base. One that is allocated still and in no changed inode is shared.
+
+        Such a block is changed in place only by its last user, whose change time tells, unless that has whole seconds only.
+        """
+        if self._base is None or self._base.inode_bytes <= 128:
             return Runs(np.zeros(0, np.uint64), np.zeros(0, np.uint64))
         inodes = np.unique(changes.inode[changes.in_base | ~changes.in_target])
         blocks = xattr_blocks(read_inodes(self._base, inodes))
         return runs_of_blocks(blocks[blocks != 0])
 
-    def _walk(self, parts: Runs, owner: U8, inode: U64) -> tuple[Runs, U8, U64]:
-        """Return the parts, cut further, with the owners of those that no changed inode claimed, by reading all inodes of the target."""
-        walked = 0
-        while walked < self._target.groups:
-            step = max(1, _WALK_INODES // self._target.inodes_per_group)
-            groups = np.arange(walked, min(walked + step, self._target.groups), dtype=np.int64)
+    def _walk(self, parts: _Parts) -> tuple[_Parts, _Owned]:
+        """Return the parts with owners for those that no changed inode claimed, by reading all inodes of the target.
+
+        Also returned: the parts that turned out to be metadata, by their first block, with each inode that has them.
+        """
+        none = np.zeros(0, np.uint64)
+        first, inode = [none], [none]
+        step = max(1, _WALK_INODES // self._target.inodes_per_group)
+        for group in range(0, self._target.groups, step):
+            groups = np.arange(group, min(group + step, self._target.groups), dtype=np.int64)
             inodes = all_used_inodes(self._target, groups)
             claims = _claims(self._target, inodes[~np.isin(inodes, self._system)])
-            finer = cut(parts, claims.runs.first, claims.runs.end, claims.metadata.first, claims.metadata.end)
-            row = row_at(parts, finer.first)
-            parts, owner, inode = finer, owner[row], inode[row]
-            owner[(owner == _UNOWNED) & (row_at(claims.metadata, parts.first) >= 0)] = Owner.METADATA
-            _assign(owner, inode, parts, claims)
-            walked += step
-        # Allocated and in no inode: lost by a crash of long ago. It is sent like metadata, which is always right.
-        owner[owner == _UNOWNED] = Owner.METADATA
-        return parts, owner, inode
+            # A block may be shared with an inode of a group that comes later, so what was found here stays unowned until the end.
+            parts = _cut(parts, united(claims.metadata.runs))
+            low, high = (np.searchsorted(parts.runs.first, edge) for edge in (claims.metadata.runs.first, claims.metadata.runs.end))
+            part, owner = spans(low, high - low), np.repeat(claims.metadata.inode, high - low)
+            open_still = parts.owner[part] == _UNOWNED
+            first.append(parts.runs.first[part[open_still]])
+            inode.append(owner[open_still])
+            parts = _given_to_files(parts, claims.data)
+        # What is left is metadata, or allocated and in no inode, lost by a crash of long ago: sent like metadata, which is always right.
+        parts.owner[parts.owner == _UNOWNED] = Owner.METADATA
+        found = np.concatenate(first)
+        return parts, _Owned(Runs(found, found + np.uint64(1)), np.concatenate(inode))
 
 
-def _assign(owner: U8, inode: U64, parts: Runs, claims: _Claims) -> None:
-    """Give the parts that have no owner yet to the files that claim them."""
-    row = row_at(claims.runs, parts.first)
-    files = (owner == _UNOWNED) & (row >= 0)
-    owner[files] = Owner.FILE
-    inode[files] = claims.inode[row[files]]
+@dataclass(frozen=True, slots=True, eq=False)
+class _Parts:
+    """The changed runs, cut; each with its owner class, and the inode where that is a file."""
+
+    runs: Runs
+    owner: U8
+    inode: U64
+
+
+def _cut(parts: _Parts, at: Runs) -> _Parts:
+    runs = cut(parts.runs, at.first, at.end)
+    row = row_at(parts.runs, runs.first)
+    return _Parts(runs, parts.owner[row], parts.inode[row])
+
+
+def _given(parts: _Parts, runs: Runs, owner: Owner) -> _Parts:
+    """Return the parts with what of them lies in the disjoint ``runs`` and has no owner yet given to ``owner``."""
+    parts = _cut(parts, runs)
+    parts.owner[(parts.owner == _UNOWNED) & (row_at(runs, parts.runs.first) >= 0)] = owner
+    return parts
+
+
+def _given_to_files(parts: _Parts, files: _Owned) -> _Parts:
+    """Return the parts with what of them has no owner yet given to the files whose data it is."""
+    parts = _cut(parts, files.runs)
+    row = row_at(files.runs, parts.runs.first)
+    mine = (parts.owner == _UNOWNED) & (row >= 0)
+    parts.owner[mine] = Owner.FILE
+    parts.inode[mine] = files.inode[row[mine]]
+    return parts
 
 
 def _claims(layout: Layout, inodes: U64) -> _Claims:
@@ -216,17 +256,21 @@ def _claims(layout: Layout, inodes: U64) -> _Claims:
     is_file = (kinds(raw) == REGULAR) & ((field(raw, 0x20, "<u4") & np.uint64(EA_INODE_FLAG)) == 0)
     of_file = is_file[found.row]
     xattrs = xattr_blocks(raw)
-    metadata = united(Runs(found.runs.first[~of_file], found.runs.end[~of_file]), merged_tree(found), runs_of_blocks(xattrs[xattrs != 0]))
-    return _Claims(*_by_address(_rows(found, of_file), inodes[found.row[of_file]]), metadata)
+    with_xattrs = xattrs != 0
+    single = np.concatenate([found.tree, xattrs[with_xattrs]])
+    data, owner = found.runs, inodes[found.row]
+    return _Claims(
+        _by_address(Runs(data.first[of_file], data.end[of_file]), owner[of_file]),
+        _by_address(
+            Runs(np.concatenate([data.first[~of_file], single]), np.concatenate([data.end[~of_file], single + np.uint64(1)])),
+            np.concatenate([owner[~of_file], inodes[found.tree_row], inodes[with_xattrs]]),
+        ),
+    )
 
 
-def _rows(found: Mapping, which: Flags) -> Runs:
-    return Runs(found.runs.first[which], found.runs.end[which])
-
-
-def _by_address(runs: Runs, inode: U64) -> tuple[Runs, U64]:
+def _by_address(runs: Runs, inode: U64) -> _Owned:
     order = np.argsort(runs.first, kind="stable")
-    return Runs(runs.first[order], runs.end[order]), inode[order].astype(np.uint64)
+    return _Owned(Runs(runs.first[order], runs.end[order]), inode[order].astype(np.uint64))
 
 
 def _side(layout: Layout, asked: U64, *, keep_ea: bool = False) -> _Side:

@@ -17,7 +17,7 @@ from agent.contract.dmi import ExtentFlag
 from agent.contract.errors import LayoutUnsupported
 from agent.contract.identity import BLOCK_BYTES
 from agent.differential.ext4_layout import read_blocks
-from agent.differential.intervals import U64, Runs, runs_of_blocks
+from agent.differential.intervals import U64, Runs
 
 U8 = NDArray[np.uint8]
 U32 = NDArray[np.uint32]
@@ -47,7 +47,8 @@ class Mapping:
     physical: U64
     blocks: U64
     flags: U32  # dmi.ExtentFlag
-    tree: U64
+    tree: U64  # blocks of trees and maps
+    tree_row: I64  # whose each is
 
     @property
     def runs(self) -> Runs:
@@ -64,6 +65,14 @@ class _Part:
     physical: U64
     blocks: U64
     flags: U32
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Nodes:
+    """Blocks of trees or maps, and whose they are."""
+
+    row: I64
+    block: U64
 
 
 def field(raw: U8, offset: int, dtype: str) -> NDArray[np.uint64]:
@@ -91,14 +100,14 @@ def mapping(device: Path, inodes: U64, raw: U8) -> Mapping:
     by_tree = holds_data & ((flags & np.uint64(EXTENTS_FLAG)) != 0)
     by_map = holds_data & ~by_tree & ~((kind == SYMLINK) & (size < _FAST_SYMLINK_BYTES))
     parts: list[_Part] = []
-    tree: list[U64] = []
+    tree: list[_Nodes] = []
     rows = np.flatnonzero(by_tree).astype(np.int64)
     _walk_trees(device, inodes, rows, np.ascontiguousarray(raw[rows, 0x28 : 0x28 + 60]), parts=parts, tree=tree)
     for row in np.flatnonzero(by_map).tolist():
         _walk_map(device, row, np.ascontiguousarray(raw[row, 0x28 : 0x28 + 60]).view("<u4").astype(np.uint64), parts, tree)
     if not parts:
         none = np.zeros(0, dtype=np.uint64)
-        return Mapping(none.astype(np.int64), none, none, none, none.astype(np.uint32), none)
+        return Mapping(none.astype(np.int64), none, none, none, none.astype(np.uint32), none, none.astype(np.int64))
     row_of = np.concatenate([part.row for part in parts])
     logical = np.concatenate([part.logical for part in parts])
     order = np.lexsort((logical, row_of))
@@ -108,11 +117,12 @@ def mapping(device: Path, inodes: U64, raw: U8) -> Mapping:
         np.concatenate([part.physical for part in parts])[order],
         np.concatenate([part.blocks for part in parts])[order],
         np.concatenate([part.flags for part in parts])[order],
-        np.concatenate([np.zeros(0, np.uint64), *tree]),
+        np.concatenate([np.zeros(0, np.uint64), *(nodes.block for nodes in tree)]),
+        np.concatenate([np.zeros(0, np.int64), *(nodes.row for nodes in tree)]),
     )
 
 
-def _walk_trees(device: Path, inodes: U64, rows: I64, nodes: U8, *, parts: list[_Part], tree: list[U64]) -> None:
+def _walk_trees(device: Path, inodes: U64, rows: I64, nodes: U8, *, parts: list[_Part], tree: list[_Nodes]) -> None:
     """Gather the extents of trees whose nodes of one level are ``nodes``, each belonging to row ``rows``; then of the level below."""
     expected = np.full(len(rows), -1, dtype=np.int64)
     for _ in range(_MAX_DEPTH + 1):
@@ -130,8 +140,8 @@ def _walk_trees(device: Path, inodes: U64, rows: I64, nodes: U8, *, parts: list[
         parts.append(_leaves(words[leaf], rows[np.nonzero(leaf)[0]]))
         low_high, parent = words[index], np.nonzero(index)[0]
         below = low_high[:, 1] | (low_high[:, 2] & np.uint64(0xFFFF)) << np.uint64(32)
-        tree.append(below)
         rows, expected = rows[parent], depth[parent] - 1
+        tree.append(_Nodes(rows, below))
         nodes = read_blocks(device, below)
     _damaged(inodes, rows[0])
 
@@ -146,7 +156,7 @@ def _leaves(words: U64, rows: I64) -> _Part:
     return _Part(rows, words[:, 0], physical, blocks, flags)
 
 
-def _walk_map(device: Path, row: int, pointers: U64, parts: list[_Part], tree: list[U64]) -> None:
+def _walk_map(device: Path, row: int, pointers: U64, parts: list[_Part], tree: list[_Nodes]) -> None:
     """Gather the data of an inode with a block map: twelve direct pointers, then one each of one, two and three levels."""
     logical, physical = [np.arange(12, dtype=np.uint64)], [pointers[:12]]
     begin = 12
@@ -155,7 +165,7 @@ def _walk_map(device: Path, row: int, pointers: U64, parts: list[_Part], tree: l
         first = np.array([begin], dtype=np.uint64)
         for level in reversed(range(levels)):
             first, nodes = first[nodes != 0], nodes[nodes != 0]
-            tree.append(nodes)
+            tree.append(_Nodes(np.full(len(nodes), row, np.int64), nodes))
             below = read_blocks(device, nodes).view("<u4").reshape(len(nodes), _POINTERS).astype(np.uint64)
             step = np.arange(_POINTERS, dtype=np.uint64) * np.uint64(_POINTERS**level)
             first, nodes = (first[:, None] + step[None, :]).reshape(-1), below.reshape(-1)
@@ -174,8 +184,3 @@ def _walk_map(device: Path, row: int, pointers: U64, parts: list[_Part], tree: l
 
 def _damaged(inodes: U64, row: np.int64) -> None:
     raise LayoutUnsupported(f"inode {int(inodes[row])} has an extent tree that cannot be read", fix="Check the filesystem with e2fsck -fn.")
-
-
-def merged_tree(*mappings: Mapping) -> Runs:
-    """Return the tree blocks of several mappings as disjoint runs."""
-    return runs_of_blocks(np.concatenate([np.zeros(0, np.uint64), *(each.tree for each in mappings)]))

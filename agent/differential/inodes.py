@@ -48,37 +48,54 @@ def nameless(kind: int) -> Attributes:
     return Attributes(kind, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, b"", ())
 
 
-def read_attributes(view: View, filesystem: FilesystemKind, inode: int, generation: int, kind: int, *, mapped: bool) -> Attributes | None:
-    """Return the attributes of an inode of ``kind``; None if no named inode has this number and generation.
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """An inode whose attributes are asked: a name of it, and whether it has extents (else its content may live in the inode)."""
 
-    ``mapped``: it has extents, so its content does not live in the inode. DeviceFailed if it cannot be read.
-    """
-    flags = _READ if kind in (FileKind.REGULAR, FileKind.DIRECTORY) else os.O_PATH | os.O_NOFOLLOW
+    inode: int
+    generation: int
+    kind: int
+    path: bytes
+    mapped: bool
+
+
+def read_attributes(view: View, filesystem: FilesystemKind, subject: Subject) -> Attributes:
+    """Return the attributes of an inode that has a name. DeviceFailed if it cannot be read."""
     try:
-        fd = handles.open_inode(view.mount_fd, filesystem, inode, generation, flags)
+        fd = _open(view, filesystem, subject)
+        try:
+            return _attributes(fd, subject)
+        finally:
+            os.close(fd)
     except OSError as error:
-        if error.errno in (errno.ESTALE, errno.ENOENT):
-            return None
-        raise _failed(inode, error) from error
+        raise DeviceFailed(
+            f"cannot read the attributes of inode {subject.inode} ({os.fsdecode(subject.path)!r})",
+            cause=f"{error.strerror} (errno {error.errno})",
+        ) from error
+
+
+def _open(view: View, filesystem: FilesystemKind, subject: Subject) -> int:
+    flags = _READ if subject.kind in (FileKind.REGULAR, FileKind.DIRECTORY) else os.O_PATH | os.O_NOFOLLOW
     try:
-        return _attributes(fd, kind, mapped)
+        return handles.open_inode(view.mount_fd, filesystem, subject.inode, subject.generation, flags)
     except OSError as error:
-        raise _failed(inode, error) from error
-    finally:
-        os.close(fd)
+        if error.errno != errno.ESTALE:
+            raise
+    # ext4 finds no ".." in a directory that lives in its inode, so a handle does not lead to one that nobody has looked up yet.
+    return handles.open_beneath(view.mount_fd, subject.path or b".", flags)
 
 
-def _attributes(fd: int, kind: int, mapped: bool) -> Attributes:
-    now = os.fstat(fd)
-    if now.st_mode >> 12 != kind:
-        raise OSError(errno.EUCLEAN, f"the device says it is of type {kind}, the mount {now.st_mode >> 12}")
+def _attributes(fd: int, subject: Subject) -> Attributes:
+    kind, now = subject.kind, os.fstat(fd)
+    if now.st_mode >> 12 != kind or now.st_ino != subject.inode:
+        raise OSError(errno.EUCLEAN, f"the device says type {kind}, the mount inode {now.st_ino} of type {now.st_mode >> 12}")
     project = flags = 0
     if kind in (FileKind.REGULAR, FileKind.DIRECTORY):
         project, flags = attributes.project(fd), attributes.flags(fd)
     payload = b""
     if kind == FileKind.SYMLINK:
         payload = os.readlink(b"", dir_fd=fd)
-    elif kind == FileKind.REGULAR and not mapped and 0 < now.st_size <= MAX_INLINE_BYTES:
+    elif kind == FileKind.REGULAR and not subject.mapped and 0 < now.st_size <= MAX_INLINE_BYTES:
         payload = _inline_content(fd, now.st_size)
     seconds, nanoseconds = divmod(now.st_mtime_ns, _SECOND_NS)
     node = kind in (FileKind.CHARACTER, FileKind.BLOCK)
@@ -111,7 +128,3 @@ def _inline_content(fd: int, size: int) -> bytes:
     if len(content) != size:
         raise OSError(errno.EIO, f"{len(content)} of {size} bytes of content in the inode")
     return content
-
-
-def _failed(inode: int, error: OSError) -> DeviceFailed:
-    return DeviceFailed(f"cannot read the attributes of inode {inode}", cause=f"{error.strerror} (errno {error.errno})")
