@@ -13,7 +13,7 @@ from mgmt.run.replication import Replicated, discard, replicate
 from mgmt.run.salvage import Salvage, undo, verdicts
 from mgmt.run.salvage import salvage as salvage_volume
 from mgmt.run.site import Site, Teller
-from mgmt.run.standing import NodeView, Standing, standing
+from mgmt.run.standing import NodeView, Standing, gauge_of, standing
 from mgmt.run.volumes import add_volume, list_volumes, serve, set_volume, unserve
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "add_volume",
     "collect",
     "discard",
+    "gauge_of",
     "list_volumes",
     "replicate",
     "salvage_volume",

@@ -1,0 +1,218 @@
+"""The commands: what is data, what is talk, and how they end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from click.testing import CliRunner, Result
+
+from agent.contract.errors import LandfallError, LinkLost, NodeUnreachable, PrimaryAlive, by_code
+from agent.contract.errors import explain as explain_code
+from mgmt import run
+from mgmt.cli import Place, landfall
+from mgmt.run import replication
+from tests.unit.mgmt_pair import Pair, die, lose
+from tests.unit.test_mgmt_reach import line_of, new_key
+
+
+@pytest.fixture
+def pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pair:
+    made = Pair(tmp_path)
+
+    @contextmanager
+    def site(_: Place) -> Iterator[run.Site]:
+        with made.site() as opened:
+            yield opened
+
+    monkeypatch.setattr(Place, "site", site)
+    monkeypatch.setattr(replication, "FIRST_PAUSE_S", 0.001)
+    monkeypatch.delenv("LANDFALL_LAB", raising=False)
+    return made
+
+
+def ask(*words: str, error: type[BaseException] | None = None) -> Result:
+    result = CliRunner().invoke(landfall, words)
+    if error is None:
+        assert result.exit_code == 0, (result.output, result.exception)
+    else:
+        assert isinstance(result.exception, error), (result.output, result.exception)
+    return result
+
+
+def data(*words: str) -> Any:
+    return json.loads(ask(*words, "--json").stdout)
+
+
+def test_the_cycle_from_the_command_line(pair: Pair, tmp_path: Path) -> None:
+    added = ask("volume", "add", "projects", "--size", "1G", "--priority", "mail=5", "--atomic", "db=db/**", "--atomic", "db=wal")
+    assert added.stdout == ""
+    assert "served by nas1" in added.stderr
+    (listed,) = data("volume", "list")
+    assert (listed["primary"], listed["secondary"], listed["size_bytes"]) == ("nas1", "nas2", 1 << 30)
+    assert listed["priorities"] == [["mail", 5]]
+    assert listed["policy"]["atomic_sets"] == [{"name": "db", "patterns": ["db/**", "wal"]}]
+    assert data("replicate", "projects", "--rate", "50M")["sent"]["pieces_sent"] == 3
+
+    pair.fails = [die()]
+    ask("replicate", "projects", error=NodeUnreachable)
+    (standing,) = data("status")
+    assert standing["open_transfers"][0]["gauge"]["files_whole"] == 2
+    assert standing["primary"]["facts"] is None
+    in_a_pipe = ask("status").stdout
+    assert "\x1b" not in in_a_pipe
+    assert "2 of 4 changed files" in in_a_pipe
+
+    assert data("salvage", "projects", "--dry-run")["generation"] is None
+    page = tmp_path / "statement.html"
+    stored = data("salvage", "projects", "--yes", "--html", str(page))
+    assert stored["files"]["recovered"] == 2
+    assert page.read_text().startswith("<!doctype html>")
+    assert data("statement", "projects") == stored
+    lines = ask("statement", "projects").stdout.splitlines()
+    assert "recovered\t10\twhole\tall its update and differential data arrived" in lines
+    assert data("serve", "projects")["serving"]
+    assert data("salvage", "projects", "--undo", "--yes") == {"undone": "projects"}
+    pair.nas1.dead = False
+    assert data("replicate", "projects")["resumed"]
+    assert not data("unserve", "projects", "--node", "nas2")["serving"]
+
+
+def test_what_is_not_given_to_set_stays(pair: Pair) -> None:
+    ask("volume", "add", "projects", "--size", "64M", "--deletions", "apply", "--priority", "a=1")
+    assert data("volume", "set", "projects", "--priority", "b=2")["priorities"] == [["b", 2], ["a", 1]]
+    entry = data("volume", "set", "projects", "--no-priorities", "--atomic", "s=x")
+    assert entry["priorities"] == []
+    assert entry["policy"] == {"deletions": "apply", "atomic_sets": [{"name": "s", "patterns": ["x"]}]}
+    assert data("volume", "set", "projects", "--no-atomic")["policy"]["atomic_sets"] == []
+
+
+@pytest.mark.parametrize("words", [("salvage", "projects", "--declare-dead"), ("salvage", "projects", "--undo"), ("discard", "projects")])
+def test_what_destroys_wants_yes_where_nobody_can_be_asked(pair: Pair, words: tuple[str, ...]) -> None:
+    ask("volume", "add", "projects", "--size", "64M")
+    pair.fails = [lose(LinkLost)] * 9
+    ask("replicate", "projects", error=LinkLost)
+    before = (list(pair.generations["nas2"]), dict(pair.transfers["nas2"]))
+    result = CliRunner().invoke(landfall, words)
+    assert result.exit_code == 2
+    assert "add --yes" in result.stderr
+    assert (pair.generations["nas2"], pair.transfers["nas2"]) == before
+    ask("salvage", "projects", "--yes", error=PrimaryAlive)
+    assert [gone["node"] for gone in data("discard", "projects", "--yes")] == ["nas2", "nas1"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("volume", "add", "p", "--size", "1Q"),
+        ("volume", "add", "p", "--size", "٣M"),
+        ("volume", "add", "p", "--size", "1G", "--priority", "mail"),
+        ("volume", "add", "p", "--size", "1G", "--atomic", "=x"),
+        ("replicate", "p", "--streams", "0"),
+        ("explain", "no-such-code"),
+        ("salvage", "p", "--transfer", "x"),
+    ],
+)
+def test_a_wrong_command_line_ends_with_two(pair: Pair, words: tuple[str, ...]) -> None:
+    assert CliRunner().invoke(landfall, words).exit_code == 2
+    assert pair.nas1.asked == []
+
+
+def every_command(group: click.Group, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], click.Command]]:
+    for name, command in group.commands.items():
+        if isinstance(command, click.Group):
+            yield from every_command(command, (*path, name))
+        else:
+            yield (*path, name), command
+
+
+def test_every_verb_has_json_and_says_what_it_does() -> None:
+    for path, command in every_command(landfall):
+        assert "--json" in [option for parameter in command.params for option in parameter.opts], path
+        assert command.help, path
+
+
+def test_codes_and_exit_codes_are_unique_and_documented() -> None:
+    def below(kind: type[LandfallError]) -> list[type[LandfallError]]:
+        return [kind, *(found for child in kind.__subclasses__() for found in below(child))]
+
+    classes = [kind for kind in below(LandfallError) if kind.__module__.startswith(("agent.", "mgmt."))]
+    assert [code for code, times in Counter(kind.code for kind in classes).items() if times > 1] == []
+    assert [code for code, times in Counter(kind.exit_code for kind in classes).items() if times > 1] == []
+    for kind in classes:
+        assert kind.exit_code not in {0, 1, 2, 130}
+        text = explain_code(kind.code)
+        assert text
+        assert (kind.__doc__ or "") in text
+        assert kind.fix in text
+        assert kind.code in ask("explain").stdout
+        assert data("explain", kind.code)["exit_code"] == kind.exit_code
+    assert set(by_code()) == {kind.code for kind in classes}
+
+
+def program(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "mgmt.cli", *words],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, **environment},
+        check=False,
+    )
+
+
+def test_an_error_is_printed_once_without_a_traceback_and_its_class_gives_the_exit_code(tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text("colour = 3\n")
+    done = program("--config", str(tmp_path / "c.toml"), "status", "--json")
+    assert done.returncode == 20
+    assert done.stderr.count("unknown key colour") == 1
+    assert "Traceback" not in done.stderr
+    assert json.loads(done.stdout)["error"]["code"] == "config-invalid"
+    assert program("check-config", LANDFALL_CONFIG=str(tmp_path / "none.toml")).returncode == 20
+
+
+def test_J10_a_hostile_name_is_shown_escaped(tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text(f'state_dir = "{tmp_path}/state"\n')
+    done = program("--config", str(tmp_path / "c.toml"), "status", "x\x1b[2J")
+    assert done.returncode == 30
+    assert "\x1b" not in done.stderr
+
+
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    done = subprocess.run(
+        ["sh", "-c", f"{sys.executable} -m mgmt.cli explain | head -1"], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.stderr == ""
+
+
+def test_K7_ctrl_c_ends_with_130(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        key = new_key(tmp_path / "key")
+        (tmp_path / "c.toml").write_text(
+            f'state_dir = "state"\n[[node]]\nname = "nas1"\naddress = "127.0.0.1"\nssh_port = {silent.getsockname()[1]}\n'
+            f'ssh_key = "key"\nhost_key = "{line_of(key)}"\n[[node]]\nname = "nas2"\naddress = "127.0.0.1"\nssh_key = "key"\n'
+            f'host_key = "{line_of(key)}"\n'
+        )
+        started = subprocess.Popen(
+            [sys.executable, "-m", "mgmt.cli", "--config", str(tmp_path / "c.toml"), "volume", "add", "p", "--size", "1G"],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        silent.settimeout(30)
+        connection, _ = silent.accept()
+        started.send_signal(signal.SIGINT)
+        _, talk = started.communicate(timeout=30)
+        connection.close()
+    assert started.returncode == 130
+    assert talk.strip() == "landfall: interrupted"
