@@ -100,13 +100,20 @@ def _near_together(runs: Ranges) -> list[tuple[int, int]]:
 def _regular(fd: int, layout: Layout, inode: U64, changes: InodeChanges) -> NDArray[np.bool_]:
     """Which inode numbers are regular files of the target; 0 is none. Numbers that did not change are read."""
     distinct, where = np.unique(inode, return_inverse=True)
-    files = changes.inode[changes.in_target & (changes.kind == FileKind.REGULAR)]
-    answer = np.isin(distinct, files)
-    strange = ~np.isin(distinct, changes.inode[changes.in_target]) & (distinct != 0)
+    answer = _among(distinct, changes.inode[changes.in_target & (changes.kind == FileKind.REGULAR)])
+    strange = ~_among(distinct, changes.inode[changes.in_target]) & (distinct != 0)
     if bool(np.any(strange)):
         raw = read_inodes(fd, layout, distinct[strange])
         answer[strange] = (raw["mode"] >> 12 == FileKind.REGULAR) & ~is_internal(layout, distinct[strange], raw)
     found: NDArray[np.bool_] = answer[where]
+    return found
+
+
+def _among(inode: U64, these: U64) -> NDArray[np.bool_]:
+    ordered = np.sort(these)
+    if not len(ordered):
+        return np.zeros(len(inode), np.bool_)
+    found: NDArray[np.bool_] = ordered[np.minimum(np.searchsorted(ordered, inode), len(ordered) - 1)] == inode
     return found
 
 
@@ -139,7 +146,7 @@ def _fixed(fd: int, layout: Layout) -> Claims:
 
 def _with_internal(layout: Layout, inode: U64) -> U64:
     """Return the inodes and those of the filesystem itself: quota blocks change with any file."""
-    return np.union1d(inode, np.array(layout.internal_inodes, np.uint64))
+    return np.concatenate([inode, np.array(layout.internal_inodes, np.uint64)])
 
 
 def _of_inodes(fd: int, layout: Layout, inode: U64, wanted: Ranges) -> Claims:
@@ -267,7 +274,9 @@ def _unclaimed(runs: Ranges, claims: list[Claims]) -> Ranges:
 def _segments(runs: Ranges, claims: Claims) -> tuple[U64, I64, U8, I64, I64]:
     """Cut at every bound of a run or claim (clipped to the runs): return the bounds, and per segment its run (-1: in none) and
     rank; then the pairs of (segment, claim)."""
-    bounds = np.unique(np.concatenate([runs.first, runs.end, claims.first, claims.end]))
+    # Without np.unique: it hashes since numpy 2.3, which takes several times as long here as sorting.
+    bounds = np.sort(np.concatenate([runs.first, runs.end, claims.first, claims.end]))
+    bounds = bounds[np.concatenate([np.ones(min(len(bounds), 1), np.bool_), bounds[1:] != bounds[:-1]])]
     if not len(bounds):
         none = np.zeros(0, np.int64)
         return bounds, none, np.zeros(0, np.uint8), none, none
