@@ -103,7 +103,7 @@ class Samba:
   printing = bsd
   printcap name = /dev/null
   disable netbios = yes
-  server min protocol = SMB2_10
+  server min protocol = SMB2_02
   store dos attributes = no
   map archive = no
   map hidden = no

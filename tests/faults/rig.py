@@ -166,11 +166,11 @@ class Pool:
 
     def lose_power(self) -> None:
         """Shut the filesystem down without flushing its log, as power loss does, and mount it again."""
-        from agent.system.block import shut_down
+        from agent.system.block import go_down
 
         fd = os.open(self.mount_point, os.O_RDONLY)
         try:
-            shut_down(fd)
+            go_down(fd)
         finally:
             os.close(fd)
         self.unmount()

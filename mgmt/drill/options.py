@@ -1,0 +1,43 @@
+"""What a drill is asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from agent.contract.identity import FilesystemKind
+from agent.contract.messages import Differential
+
+MIB = 1 << 20
+
+
+class Kill(StrEnum):
+    """What dies in the middle of the transfer."""
+
+    AGENT = "agent"  # SIGKILL to NAS 1's agent
+    NODE = "node"  # all of NAS 1, silently
+    LINK = "link"  # the network between the two: once healed and resumed, once declared dead and salvaged
+    RECEIVER = "receiver"  # SIGKILL to NAS 2's agent; it restarts and the transfer resumes
+    POWER = "power"  # NAS 2 loses power without flushing, comes back, and NAS 1 is gone by then
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """One drill. ``at`` is the share of the transfer's bytes after which the kill comes."""
+
+    filesystem: FilesystemKind = FilesystemKind.EXT4
+    at: float = 0.5
+    kill: Kill = Kill.AGENT
+    differential: Differential = Differential.SEND
+    seed: int = 1
+    files: int = 20_000
+    size_bytes: int = 2048 * MIB
+    changes: int = 2_000
+    folder: Path = Path("build/drill")
+    keep_lab: bool = False
+
+    @property
+    def content_bytes(self) -> int:
+        """How much the volume is filled with: so much that everything may be written anew beside it."""
+        return self.size_bytes * 45 // 100

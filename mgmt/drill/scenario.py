@@ -1,0 +1,349 @@
+"""The drill: a volume of real files, a replication that dies in the middle, a recovery, and an independent check of the result.
+
+In the order of events: the lab; fill, replicate; change (by programs on the server and by SMB clients); replicate through a proxy that
+counts bytes;
+at the chosen byte something dies; what the kind of death asks for (salvage, or resume); the result served; the check; the report.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Final
+from uuid import UUID
+
+import numpy as np
+import zstandard
+from pyroute2.netns import setns
+
+from agent.contract import messages as m
+from agent.contract.dmi import HOLE, Dmi
+from agent.contract.errors import DrillFailed, LandfallError
+from agent.contract.identity import BLOCK_BYTES
+from agent.system.block import go_down
+from agent.system.clock import monotonic_s
+from agent.system.files import write_durably
+from mgmt import run as operations
+from mgmt.drill import evidence, workload
+from mgmt.drill.evidence import Evidence, Findings, image_in, pool_of, within_node
+from mgmt.drill.options import MIB, Kill, Options
+from mgmt.drill.stage import Stage, teller
+from mgmt.inventory import Inventory, read_inventory
+from mgmt.lab import control, lifecycle
+from mgmt.lab.layout import NAMESPACES, NODE_ROOT, Lab, NodeName
+from mgmt.lab.namespace import enter
+from mgmt.lab.proxy import Action, Direction, Endpoint, Event, Proxy, Trigger
+from mgmt.report import LossStatement
+from mgmt.view import to_html, to_json
+
+VOLUME: Final = "drill"
+SILENCE_LIMIT_S: Final = 3.0
+DEATH_LIMIT_S: Final = 300.0
+DETECT_LIMIT_S: Final = 60.0
+SAMPLES: Final = 48
+
+
+@dataclass(slots=True)
+class Course:
+    """What happened, filled in as it happens."""
+
+    killed_at: float = 0.0  # share of the expected bytes that had passed
+    bytes_sent: int = 0  # upstream bytes on the wire, all sessions of the last transfer
+    detect_s: float = 0.0
+    resumed: list[dict[str, int]] = field(default_factory=list)
+    statement: LossStatement | None = None
+    findings: Findings | None = None
+    facts: m.TransferFacts | None = None
+
+
+class Drill:
+    """One drill in one lab."""
+
+    def __init__(self, options: Options, stage: Stage) -> None:
+        self.options, self.stage, self.course = options, stage, Course()
+        self.folder = options.folder.resolve()
+        self.lab = Lab.at(self.folder / "lab")
+        self._stack = ExitStack()
+
+    def run(self) -> Course:
+        """Return the course of the drill; the lab is gone afterwards, also after Ctrl-C or an error, unless it is to be kept."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with self.stage.step("lab: three nodes, their pools and their agents"):
+                lifecycle.down(self.lab)
+                lifecycle.up(self.lab)
+            with self._stack:
+                self._play()
+        finally:
+            if not self.options.keep_lab:
+                lifecycle.down(self.lab)
+        return self.course
+
+    # --- the steps, in order ---
+
+    def _play(self) -> None:
+        options = self.options
+        self._stack.enter_context(_inside(self.lab.namespace(NodeName.MGMT)))
+        inventory = read_inventory(self.lab.node(NodeName.MGMT) / "etc" / "landfall.toml")
+        site = self._stack.enter_context(operations.Site(_impatient(inventory)))
+        operations.add_volume(
+            site, VOLUME, filesystem=options.filesystem, size_bytes=options.size_bytes, primary=NodeName.NAS1, secondary=NodeName.NAS2
+        )
+        root = self._served(NodeName.NAS1)
+        client = self._client(NodeName.NAS1)
+        with self.stage.step(f"nas1: {options.files:,} files on {options.filesystem}") as advance:
+            workload.fill(root, options.files, options.content_bytes, options.seed, advance)
+            workload.smb_changes(client, 2 * options.seed)
+        with self.stage.step("nas1 -> nas2: first generation, all of it") as advance:
+            operations.replicate(site, VOLUME, differential=options.differential, tell=teller(advance))
+        match options.kill:
+            case Kill.LINK:
+                self._interrupted(site, root, client, "the link is cut", self._cut_link, seed=0)
+                self._heal_and_resume(site)
+                self._interrupted(site, root, client, "the link is cut for good", self._cut_link, seed=1)
+                self._salvage(site, declare_dead=True)
+            case Kill.RECEIVER:
+                self._interrupted(site, root, client, "nas2's agent is killed", self._kill_receiver, seed=0)
+                control.start_service(self.lab, NodeName.NAS2, "agent")
+                self._heal_and_resume(site)
+            case Kill.POWER:
+                self._interrupted(site, root, client, "nas2 loses power", self._cut_power, seed=0)
+                lifecycle.kill(self.lab, NodeName.NAS1)
+                lifecycle.start_node(self.lab, NodeName.NAS2)
+                self._salvage(site, declare_dead=False)
+            case Kill.AGENT:
+                self._interrupted(site, root, client, "nas1's agent is killed", self._kill_agent, seed=0)
+                self._salvage(site, declare_dead=False)
+            case Kill.NODE:
+                self._interrupted(site, root, client, "nas1 dies", self._kill_node, seed=0)
+                self._salvage(site, declare_dead=False)
+
+    def _interrupted(
+        self, site: operations.Site, root: Path, client: workload.SmbClient, what: str, die: Callable[[], None], *, seed: int
+    ) -> None:
+        """Change the volume, replicate it, and let ``die`` happen at the chosen byte. Returns when NAS 2 has said that it noticed."""
+        options = self.options
+        with self.stage.step(f"nas1: {options.changes:,} files changed, some of them by SMB clients") as advance:
+            if not seed:
+                workload.smb_changes(client, 2 * options.seed + 1)
+            workload.change(root, options.changes, options.seed + 1000 * seed, advance)
+        writing = workload.OpenWrite(client, f"open at the freeze {seed}", root / f"open at the freeze {seed}")
+        (root / f"deleted while open {seed}").write_bytes(os.urandom(200_000))
+        with ExitStack() as held, self.stage.step(f"nas1 -> nas2: the differential, until {what}") as advance:
+            held.callback(writing.end, 0.0)
+            writing.begin()
+            name = f"deleted while open {seed}"
+            held.enter_context(workload.deleted_while_open(client, name, root / name))
+            order = _Interruption(self, site, die, advance)
+            order.run()
+        self.course.killed_at = order.killed_at
+        self.course.bytes_sent = order.bytes_sent
+        self.stage.say(f"  killed after {order.bytes_sent / MIB:.1f} MiB on the wire")
+        if self.options.kill in (Kill.RECEIVER, Kill.POWER):
+            return  # whoever should have noticed was the one who died
+        with self.stage.step("nas2: notices, and notifies the management node"):
+            operations.wait_for_failure(site, NodeName.NAS2, order.transfer, DETECT_LIMIT_S)
+        self.course.detect_s = monotonic_s() - order.died_s
+
+    def _heal_and_resume(self, site: operations.Site) -> None:
+        """Let the transfer resume, and prove that it converges: the image on NAS 2 is the image on NAS 1."""
+        lifecycle.heal(self.lab, NodeName.NAS1, NodeName.NAS2)
+        with self.stage.step("nas1 -> nas2: resumed, only what is missing") as advance:
+            done = operations.replicate(site, VOLUME, differential=self.options.differential, tell=teller(advance))
+        self.course.resumed.append({"pieces_sent": done.sent.pieces_sent, "pieces_skipped": done.sent.pieces_skipped})
+        self.stage.say(f"  {done.sent.pieces_skipped:,} pieces had arrived before, {done.sent.pieces_sent:,} were sent")
+        with (
+            self.stage.step("check: both images, block by block"),
+            pool_of(self.lab, NodeName.NAS1) as source,
+            pool_of(self.lab, NodeName.NAS2) as copy,
+        ):
+            if not evidence.generations_equal(image_in(source, done.target), image_in(copy, done.target)):
+                raise DrillFailed("after a resume the volume on nas2 is not the one on nas1")
+        if not done.sent.pieces_skipped:
+            raise DrillFailed("the resumed transfer sent everything again")
+        self.course.facts = next(facts for facts in site.node(NodeName.NAS2).ask(m.ListTransfers()).transfers if facts.id == done.transfer)
+
+    def _salvage(self, site: operations.Site, *, declare_dead: bool) -> None:
+        with self.stage.step("mgmt: determination, update instruction; nas2: recovery, verification") as advance:
+            statement = operations.salvage_volume(
+                site, VOLUME, declare_dead=declare_dead, detect_s=self.course.detect_s, decide=lambda _: True, tell=teller(advance)
+            )
+        if statement is None:
+            raise DrillFailed("the salvage was not ordered")
+        with self.stage.step("nas2: serves the result over SMB"):
+            operations.serve(site, VOLUME, node=NodeName.NAS2, declare_dead=declare_dead)
+        self.course.statement = statement
+        write_durably(self.folder / "loss.json", to_json(statement).encode(), mode=0o644)
+        write_durably(self.folder / "report.html", to_html(statement).encode(), mode=0o644)
+        with self.stage.step("check: every file against nas1's frozen generations"):
+            self.course.findings = self._check(site, statement)
+
+    def _check(self, site: operations.Site, statement: LossStatement) -> Findings:
+        (self.folder / "loss-for-checker.json").write_text(json.dumps(evidence.checker_statement(statement)))
+        files = site.evidence_folder(statement.transfer)
+        namespace = NAMESPACES / self.lab.namespace(NodeName.MGMT)
+        with pool_of(self.lab, NodeName.NAS1) as source:
+            return evidence.check(
+                Evidence(
+                    base=image_in(source, statement.base),
+                    target=image_in(source, statement.target),
+                    filesystem=self.options.filesystem,
+                    result=self._served(NodeName.NAS2),
+                    loss=self.folder / "loss-for-checker.json",
+                    dmi=files / "dmi",
+                    arrival=files / "arrival",
+                    smb=f"//{NodeName.NAS2.address}/{VOLUME}",
+                    smb_client=f"nsenter --net={namespace} smbclient -N",
+                ),
+                self.folder / "check.json",
+            )
+
+    # --- what dies ---
+
+    def _kill_agent(self) -> None:
+        control.kill_service(self.lab, NodeName.NAS1, "agent")
+
+    def _kill_node(self) -> None:
+        lifecycle.kill(self.lab, NodeName.NAS1)
+
+    def _cut_link(self) -> None:
+        lifecycle.cut(self.lab, NodeName.NAS1, NodeName.NAS2)
+
+    def _kill_receiver(self) -> None:
+        control.kill_service(self.lab, NodeName.NAS2, "agent")
+
+    def _cut_power(self) -> None:
+        pool_fd = os.open(within_node(self.lab, NodeName.NAS2, NODE_ROOT / "pool"), os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            go_down(pool_fd)
+        finally:
+            os.close(pool_fd)
+        lifecycle.kill(self.lab, NodeName.NAS2)
+
+    # --- where things are ---
+
+    def _served(self, node: NodeName) -> Path:
+        return within_node(self.lab, node, NODE_ROOT / "srv" / VOLUME)
+
+    def _client(self, node: NodeName) -> workload.SmbClient:
+        namespace = NAMESPACES / self.lab.namespace(NodeName.MGMT)
+        return workload.SmbClient(node.address, VOLUME, ("nsenter", f"--net={namespace}", "--"))
+
+
+class _Interruption:
+    """A replication through a proxy, and a death at a byte of it."""
+
+    def __init__(self, drill: Drill, site: operations.Site, die: Callable[[], None], advance: Callable[[int, int], None]) -> None:
+        self._drill, self._site, self._die, self._advance = drill, site, die, advance
+        self._reached: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
+        self._proxy: Proxy | None = None
+        self._expected = 0
+        self._failure: BaseException | None = None
+        self.transfer = UUID(int=0)
+        self.killed_at = 0.0
+        self.bytes_sent = 0
+        self.died_s = 0.0
+
+    def run(self) -> None:
+        """Return when it is dead and the replication has failed of it."""
+        replication = threading.Thread(target=self._replicate, name="replication")
+        with ExitStack() as stack:
+            self._stack = stack
+            replication.start()
+            try:
+                event = self._reached.get(timeout=DEATH_LIMIT_S)
+            except queue.Empty:
+                raise DrillFailed("the byte at which something was to die never came") from None
+            if event is None or self._proxy is None:
+                raise DrillFailed("the transfer ended before its byte came", cause=str(self._failure))
+            self._die()
+            self.died_s = monotonic_s()
+            self.bytes_sent = event.upstream_bytes
+            self.killed_at = event.upstream_bytes / self._expected
+            if self._drill.options.kill in (Kill.AGENT, Kill.RECEIVER):
+                self._proxy.cut()  # a process that dies closes its connections; a node or a link falls silent
+            replication.join(DEATH_LIMIT_S)
+            if replication.is_alive():
+                raise DrillFailed("the management node did not notice that the transfer failed")
+
+    def _replicate(self) -> None:
+        try:
+            with suppress(LandfallError):
+                operations.replicate(
+                    self._site,
+                    VOLUME,
+                    differential=self._drill.options.differential,
+                    attempts=1,
+                    route=self._route,
+                    on_order=self._on_order,
+                    tell=teller(self._advance),
+                )
+        except BaseException as error:
+            self._failure = error
+        finally:
+            self._reached.put(None)
+
+    def _on_order(self, transfer: UUID, built: m.Built | None) -> None:
+        self.transfer = transfer
+        raw = self._site.node(NodeName.NAS1).fetch(m.FetchDmi(transfer))
+        with pool_of(self._drill.lab, NodeName.NAS1) as pool:
+            self._expected = len(raw) + expected_bytes(Dmi.decode(raw), pool, self._drill.options.differential)
+
+    def _route(self, address: str, port: int) -> tuple[str, int]:
+        """Put the proxy on NAS 2's own address, so that cutting the link cuts what leads to it."""
+        trigger = Trigger(max(1, int(self._drill.options.at * self._expected)), Action.SIGNAL, Direction.UPSTREAM)
+        proxy = Proxy(
+            Endpoint(address, 0),
+            Endpoint(address, port),
+            namespace=self._drill.lab.namespace(NodeName.NAS2),
+            on_event=lambda event: self._reached.put(event) if event.action is Action.SIGNAL else None,
+            trigger=trigger,
+        )
+        self._proxy = self._stack.enter_context(proxy)
+        return proxy.endpoint.host, proxy.endpoint.port
+
+
+def expected_bytes(dmi: Dmi, pool: Path, differential: m.Differential) -> int:
+    """Return about how many bytes the pieces take on the wire: their bytes, times what a sample of them compresses to."""
+    sides = [(dmi.head.target, dmi.target_hole == 0)]
+    if differential is m.Differential.SEND:
+        sides.append((dmi.head.base, dmi.diff_block != HOLE))
+    compressor = zstandard.ZstdCompressor(level=1)
+    total = 0
+    for generation, there in sides:
+        rows = np.flatnonzero(there)
+        raw = int(dmi.block_count[rows].sum(dtype=np.uint64)) * BLOCK_BYTES
+        chosen = rows[np.linspace(0, len(rows) - 1, min(SAMPLES * 8, len(rows)), dtype=np.int64)] if len(rows) else rows
+        sample = b"".join(_pieces(image_in(pool, generation), dmi, chosen.tolist()))
+        total += int(raw * len(compressor.compress(sample)) / max(len(sample), 1))
+    return total
+
+
+def _pieces(image: Path, dmi: Dmi, rows: list[int]) -> Iterator[bytes]:
+    with image.open("rb") as file:
+        for row in rows:
+            file.seek(int(dmi.op_block[row]) * BLOCK_BYTES)
+            yield file.read(int(dmi.block_count[row]) * BLOCK_BYTES)
+
+
+def _impatient(inventory: Inventory) -> Inventory:
+    """Return the lab's inventory with the drill's own limit for a peer that is silent."""
+    return replace(inventory, silence_limit_s=SILENCE_LIMIT_S)
+
+
+@contextmanager
+def _inside(namespace: str) -> Iterator[None]:
+    """Put this thread, and those it starts, into a network namespace, and back."""
+    own = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        enter(namespace)
+        yield
+        setns(own)
+    finally:
+        os.close(own)
