@@ -15,7 +15,8 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from agent.contract.arrival import COMPLETE, ArrivalRecord, Arrived
+from agent.contract.arrival import ArrivalRecord, Arrived
+from agent.contract.closure import counted_pieces, needed_pieces
 from agent.contract.dmi import U8, U32, U64, Change, Dmi
 from agent.contract.errors import RecordMalformed
 from agent.contract.identity import BLOCK_BYTES
@@ -177,19 +178,10 @@ def _closure(dmi: Dmi, arrival: ArrivalRecord) -> tuple[U32, U32, Mask]:
     """Return per file: pieces needed, pieces complete, whether a piece's base differs."""
     if arrival.transfer != dmi.head.transfer or len(arrival.bits) != dmi.piece_total:
         raise RecordMalformed("the arrival record belongs to another DMI")
-    needed = np.diff(dmi.need_start).astype(np.uint32)
-    arrived = np.zeros(dmi.file_total, dtype=np.uint32)
-    base_differs = np.zeros(dmi.file_total, dtype=np.bool_)
-    has_need = needed > 0
-    if not has_need.any():
-        return needed, arrived, base_differs
-    # reduceat gives a segment that is empty its neighbour's value, so only files that need something have a segment.
-    starts = dmi.need_start[:-1][has_need].astype(np.intp)
     differs = (arrival.bits & Arrived.BASE_DIFFERS) != 0
-    complete = ((arrival.bits & COMPLETE) == COMPLETE) & ~differs
-    arrived[has_need] = np.add.reduceat(complete[dmi.need], starts, dtype=np.uint32)
-    if differs.any():
-        base_differs[has_need] = np.logical_or.reduceat(differs[dmi.need], starts)
+    needed, arrived = needed_pieces(dmi), counted_pieces(dmi, arrival.complete)
+    # Nearly always no base differs, and then nothing need be counted.
+    base_differs: Mask = counted_pieces(dmi, differs) > 0 if differs.any() else np.zeros(dmi.file_total, dtype=np.bool_)
     return needed, arrived, base_differs
 
 

@@ -210,12 +210,15 @@ def _by_address(dmi: Dmi, arrival: ArrivalRecord) -> tuple[int, ...]:
 
 
 def _by_send_order(dmi: Dmi, determination: Determination, priorities: tuple[tuple[str, int], ...]) -> tuple[int, ...]:
-    """Return the share of pieces that arrived, for each equal part of the files in their order: priority, then smallest first."""
+    """Return the share of pieces that arrived, for each equal part of the files as they are sent: priority, then fewest blocks."""
     priority = np.zeros(dmi.file_total, dtype=np.int64)
-    for prefix, level in sorted(priorities, key=lambda entry: entry[1]):
+    for prefix, level in sorted(priorities, key=lambda entry: len(entry[0].strip("/"))):
         priority[members_of(dmi, AtomicSet("", (prefix,)))] = level
     needing = np.flatnonzero(determination.needed)
-    order = needing[np.lexsort((dmi.size[needing], -priority[needing]))]
+    starts = dmi.need_start[:-1][needing].astype(np.intp)
+    blocks = np.where(dmi.target_hole == 0, dmi.block_count, 0).astype(np.uint64)[dmi.need]
+    to_send = np.add.reduceat(blocks, starts) if len(needing) else blocks
+    order = needing[np.lexsort((to_send, -priority[needing]))]
     needed = determination.needed[order].astype(np.float64)
     cells = np.arange(len(order)) * CELLS // max(len(order), 1)
     return _shares(cells, needed, determination.arrived[order] / np.maximum(needed, 1))

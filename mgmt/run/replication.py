@@ -162,11 +162,17 @@ def _continued(site: Site, entry: VolumeEntry) -> _Order | None:
             f"{entry.secondary} holds a salvaged generation of volume {entry.name}",
             fix=f"`landfall salvage {entry.name} --undo` makes its transfer resumable again.",
         )
+    unfinished = {facts.id for facts in received if facts.state in OPEN_STATES}
     sending = [facts for facts in primary.ask(m.ListTransfers()).transfers if facts.volume == entry.id and facts.sending]
     for facts in sorted(sending, key=lambda found: found.target.counter, reverse=True):
         ready = facts.state in OPEN_STATES - {m.TransferState.BUILDING}
-        if ready and facts.target in there and facts.base in here and facts.target not in here:
+        if ready and facts.id in (unfinished or {facts.id}) and facts.target in there and facts.base in here and facts.target not in here:
             return _Order(facts.id, facts.base, facts.target, True, 0.0, None)
+    if unfinished:
+        raise TransferBusy(
+            f"{entry.secondary} holds a part of transfer {min(unfinished)}, which {entry.primary} cannot go on with",
+            fix=f"`landfall discard {entry.name}` gives it up; `landfall salvage {entry.name} --declare-dead` recovers its files first.",
+        )
     return None
 
 

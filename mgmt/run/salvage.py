@@ -28,6 +28,9 @@ from mgmt.report import Circumstances, LossStatement, Seconds, state
 from mgmt.run import notices
 from mgmt.run.site import Site, Teller, nobody, release
 
+CONNECT_LIMIT_S = 60.0
+"""How long an agent that listens waits for its peer's first stream."""
+
 Decision = Callable[[LossStatement], bool]
 """Shown the verdicts before anything is changed; False stops the salvage."""
 
@@ -121,21 +124,22 @@ def undo(site: Site, name: str) -> VolumeEntry:
 def _await_notification(site: Site, entry: VolumeEntry, transfer: UUID | None) -> None:
     """Give a secondary that still waits for its peer the time in which it must notice that the peer is gone."""
     notices.collect(site)
-    running = [facts for facts in _received(site, entry) if facts.state is m.TransferState.RUNNING and transfer in {None, facts.id}]
-    for facts in running:
-        try:
-            notices.wait_for_failure(site, entry.secondary, facts.id, 2 * site.inventory.silence_limit_s + 5)
-        except NotificationUnhandled as error:
-            raise TransferBusy(f"transfer {facts.id} still runs on {entry.secondary}") from error
+    limits = {m.TransferState.RUNNING: 2 * site.inventory.silence_limit_s + 5, m.TransferState.WAITING: CONNECT_LIMIT_S + 5}
+    for facts in _received(site, entry):
+        if facts.state in limits and transfer in {None, facts.id}:
+            try:
+                notices.wait_for_failure(site, entry.secondary, facts.id, limits[facts.state])
+            except NotificationUnhandled as error:
+                raise TransferBusy(f"transfer {facts.id} still runs on {entry.secondary}") from error
 
 
 def _unfinished(site: Site, entry: VolumeEntry, transfer: UUID | None) -> m.TransferFacts:
     """Return the transfer to salvage, as the secondary knows it."""
     received = [facts for facts in _received(site, entry) if transfer in {None, facts.id}]
     for facts in sorted(received, key=lambda found: found.target.counter, reverse=True):
-        if facts.state in {m.TransferState.INTERRUPTED, m.TransferState.WAITING}:
+        if facts.state is m.TransferState.INTERRUPTED:
             return facts
-        if facts.state is m.TransferState.RUNNING:
+        if facts.state in {m.TransferState.RUNNING, m.TransferState.WAITING}:
             raise TransferBusy(f"transfer {facts.id} still runs on {entry.secondary}")
         if facts.state is m.TransferState.SALVAGED:
             raise NoSuchTransfer(
@@ -160,6 +164,8 @@ def _evidence(site: Site, entry: VolumeEntry, transfer: UUID, tell: Teller) -> t
     if dmi.head.transfer != transfer or dmi.head.target.volume != entry.id:
         raise DmiMalformed(f"{entry.secondary} answers with the DMI of another transfer", cause=str(dmi.head.transfer))
     digest = columns.identity(raw_dmi)
+    if not raw_record:  # the transfer broke off before the first piece was recorded
+        raw_record = arrivals.encode_head(transfer, digest, dmi.piece_total)
     return dmi, digest, arrivals.decode(raw_record, transfer=transfer, dmi_digest=digest, pieces=dmi.piece_total)
 
 

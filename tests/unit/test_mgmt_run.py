@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from uuid import UUID
 
 import pytest
 
@@ -112,17 +113,37 @@ def test_a_primary_that_dies_is_not_asked_again(pair: Pair) -> None:
         assert recorded.ending == "primary-lost"
 
 
-def test_a_transfer_that_was_overtaken_is_forgotten(pair: Pair) -> None:
+def test_a_part_that_the_primary_cannot_go_on_with_is_named_before_anything_is_done(pair: Pair) -> None:
     pair.fails = [lose(LinkLost)]
     with pair.site() as site:
         pair.with_volume(site)
         with pytest.raises(LinkLost):
             run.replicate(site, "projects", attempts=1)
-        old = next(iter(pair.transfers["nas1"]))
-        del pair.transfers["nas1"][old]
-        done = run.replicate(site, "projects")
-        assert not done.resumed
-        assert old not in pair.transfers["nas2"]
+        pair.transfers["nas1"].clear()
+        with pytest.raises(TransferBusy, match="landfall discard projects"):
+            run.replicate(site, "projects")
+        assert len(pair.nas1.said(m.TakeGeneration)) == 1
+        run.discard(site, "projects")
+        assert not run.replicate(site, "projects").resumed
+
+
+def test_a_transfer_that_was_overtaken_is_forgotten(pair: Pair) -> None:
+    with pair.site() as site:
+        pair.with_volume(site)
+        first = run.replicate(site, "projects")
+        old = pair.transfer(UUID(int=9), first.base, first.target, sending=True, state=S.WAITING)
+        pair.transfers["nas1"][old.id] = old
+        run.replicate(site, "projects")
+        assert old.id not in pair.transfers["nas1"]
+
+
+def test_nothing_recorded_yet_is_a_record_of_nothing(pair: Pair) -> None:
+    pair.nas2.handlers[m.FetchArrival] = lambda _: b""
+    with pair.site() as site:
+        failed(pair, site)
+        assert [row.paths for row in run.verdicts(site, "projects").statement.accounts if row.outcome is m.Outcome.RECOVERED] == [
+            ("inline",)
+        ]
 
 
 def failed(pair: Pair, site: run.Site) -> None:
