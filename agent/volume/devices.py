@@ -1,7 +1,7 @@
 """Block devices of this node and what identifies each: by udev where it runs, by /sys where it does not.
 
-A device's name says nothing lasting (the kernel hands names out anew at every start); what counts is its serial number, WWN or the UUID of what
-is on it, and for a loop device the file behind it.
+A device's name says nothing lasting (the kernel hands names out anew at every start); what counts is its serial number, WWN or the UUID
+of what is on it, and for a loop device the file behind it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Final
 
 import pyudev
 
+from agent.contract.identity import FilesystemKind
 from agent.contract.messages import DeviceFacts
 from agent.system import block
 from agent.volume.mounts import mounts
@@ -30,12 +31,12 @@ def devices(*, sys: Path = _SYS, udev_control: Path = _UDEV_CONTROL) -> tuple[De
     holders = _mounted()
     found = []
     for folder in sorted((sys / "class" / "block").iterdir()):
+        if _text(folder / "size") in {"", "0"}:
+            continue
         try:
-            facts = _facts(folder, by_udev, holders)
+            found.append(_facts(folder, by_udev, holders))
         except OSError:
             continue
-        if facts.size_bytes:
-            found.append(facts)
     return tuple(found)
 
 
@@ -106,7 +107,7 @@ def _filesystem_identity(device: Path) -> str:
     kind = kind_of(device)
     if kind is None:
         return ""
-    return f"fs_uuid:{(read_ext4(device) if kind == 'ext4' else read_xfs(device)).uuid}"
+    return f"fs_uuid:{(read_ext4(device) if kind is FilesystemKind.EXT4 else read_xfs(device)).uuid}"
 
 
 def _mounted() -> dict[str, str]:

@@ -54,8 +54,9 @@ thaw = thaw_if_frozen
 
 
 def make(device: Path, kind: FilesystemKind, options: tuple[str, ...] = ()) -> None:
-    """Make an empty filesystem with blocks of 4096 bytes; ``options`` are mkfs's own and come last."""
-    run([*_program(kind), *_BLOCKS[kind], *options, str(device)], timeout_s=_MAKE_LIMIT_S)
+    """Make an empty filesystem with blocks of 4096 bytes; ``options`` are mkfs's own. ``refuse_unsupported`` judges the result."""
+    blocks = () if "-b" in options else _BLOCKS[kind]
+    run([*_program(kind), *blocks, *options, str(device)], timeout_s=_MAKE_LIMIT_S)
 
 
 def make_like(device: Path, kind: FilesystemKind, arguments: tuple[str, ...]) -> None:

@@ -215,11 +215,10 @@ def read_xfs(device: Path) -> XfsSuperblock:
 
 def kind_of(device: Path) -> FilesystemKind | None:
     """Return which of the two filesystems ``device`` holds, None for neither."""
-    if _read(device, 0, 4) == _XFS_MAGIC:
+    raw = _read(device, 0, 4096)
+    if raw[:4] == _XFS_MAGIC:
         return FilesystemKind.XFS
-    if _read(device, 1024 + 56, 2) == _EXT4_MAGIC.to_bytes(2, "little"):
-        return FilesystemKind.EXT4
-    return None
+    return FilesystemKind.EXT4 if raw[1024 + 56 :][:2] == _EXT4_MAGIC.to_bytes(2, "little") else None
 
 
 def _read(device: Path, offset: int, length: int) -> bytes:

@@ -10,6 +10,8 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -541,5 +543,15 @@ def pool_on(kind: str, folder: Path, size_bytes: int = 2 << 30) -> Iterator[Path
     with ExitStack() as after:
         after.callback(image.unlink)
         subprocess.run(["mount", "-o", "loop", str(image), str(mount_point)], check=True)
-        after.callback(subprocess.run, ["umount", str(mount_point)], check=True)
+        after.callback(unmounted, mount_point)
         yield mount_point
+
+
+def unmounted(mount_point: Path, limit_s: float = 20.0) -> None:
+    """Unmounts. A mount namespace that is being made elsewhere holds copies of our mounts for a moment, and so our devices."""
+    end = time.monotonic() + limit_s
+    while subprocess.run(["umount", str(mount_point)], capture_output=True, check=False).returncode != 0:
+        if time.monotonic() > end:
+            subprocess.run(["umount", "-l", str(mount_point)], check=True)
+            raise AssertionError(f"{mount_point} stayed in use")
+        threading.Event().wait(0.1)
