@@ -148,7 +148,7 @@ def inside(lab: Lab, node: NodeName, argv: Sequence[str]) -> list[str]:
     pid = processes.first_process(lab, node)
     if pid is None:
         raise LabMissing(f"{node} is not running")
-    return ["nsenter", "--target", str(pid), "--mount", "--uts", "--ipc", "--net", "--pid", "--", *argv]
+    return ["nsenter", "--target", str(pid), "--root", "--mount", "--uts", "--ipc", "--net", "--pid", "--", *argv]
 
 
 def _require_kernel() -> None:
