@@ -22,11 +22,13 @@ from typing import Final
 from agent.contract.errors import DeviceBusy, DeviceFailed, KernelLacks, NotOurs
 from agent.system import block
 from agent.system.block import LoopFlag
+from agent.system.clock import wait_until
 from agent.system.failpoint import failpoint
 
 _LOOP_MAJOR: Final = 7
 _CONTROL_MINOR: Final = (10, 237)
 _ATTEMPTS: Final = 1000
+_GRACE_S: Final = 2.0
 _LOST_RACE: Final = (errno.EBUSY, errno.ENXIO, errno.ENODEV, errno.ENOENT)
 
 
@@ -65,11 +67,20 @@ def open_image(image: Path, *, writable: bool = False) -> int:
 
 
 def lock(image_fd: int, image: Path, *, exclusive: bool) -> None:
-    """Lock an open image until its last reference goes: one writer or many readers, DeviceBusy otherwise."""
-    try:
-        fcntl.flock(image_fd, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise DeviceBusy(f"{image.name} is attached or being worked on by somebody else", cause=str(image)) from error
+    """Lock an open image until its last reference goes: one writer or many readers, DeviceBusy otherwise.
+
+    A binding that just ended may be held for a moment by whoever looks at all block devices (losetup, blkid), so it is waited for.
+    """
+
+    def locked() -> bool:
+        try:
+            fcntl.flock(image_fd, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    if not wait_until(locked, _GRACE_S):
+        raise DeviceBusy(f"{image.name} is attached or being worked on by somebody else", cause=str(image))
 
 
 def backs(device: Path, image: Path) -> bool:

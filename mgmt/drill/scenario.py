@@ -104,43 +104,44 @@ class Drill:
             operations.replicate(site, VOLUME, differential=options.differential, tell=teller(advance))
         match options.kill:
             case Kill.LINK:
-                self._interrupted(site, root, client, "the link is cut", self._cut_link, seed=0)
+                self._interrupted(site, root, client, "the link is cut", self._cut_link, turn=0)
                 self._heal_and_resume(site)
-                self._interrupted(site, root, client, "the link is cut for good", self._cut_link, seed=1)
+                self._interrupted(site, root, client, "the link is cut for good", self._cut_link, turn=1)
                 self._salvage(site, declare_dead=True)
             case Kill.RECEIVER:
-                self._interrupted(site, root, client, "nas2's agent is killed", self._kill_receiver, seed=0)
+                self._interrupted(site, root, client, "nas2's agent is killed", self._kill_receiver, turn=0)
                 control.start_service(self.lab, NodeName.NAS2, "agent")
                 self._heal_and_resume(site)
             case Kill.POWER:
-                self._interrupted(site, root, client, "nas2 loses power", self._cut_power, seed=0)
+                self._interrupted(site, root, client, "nas2 loses power", self._cut_power, turn=0)
                 lifecycle.kill(self.lab, NodeName.NAS1)
                 lifecycle.start_node(self.lab, NodeName.NAS2)
                 self._salvage(site, declare_dead=False)
             case Kill.AGENT:
-                self._interrupted(site, root, client, "nas1's agent is killed", self._kill_agent, seed=0)
+                self._interrupted(site, root, client, "nas1's agent is killed", self._kill_agent, turn=0)
                 self._salvage(site, declare_dead=False)
             case Kill.NODE:
-                self._interrupted(site, root, client, "nas1 dies", self._kill_node, seed=0)
+                self._interrupted(site, root, client, "nas1 dies", self._kill_node, turn=0)
                 self._salvage(site, declare_dead=False)
 
     def _interrupted(
-        self, site: operations.Site, root: Path, client: workload.SmbClient, what: str, die: Callable[[], None], *, seed: int
+        self, site: operations.Site, root: Path, client: workload.SmbClient, what: str, die: Callable[[], None], *, turn: int
     ) -> None:
         """Change the volume, replicate it, and let ``die`` happen at the chosen byte. Returns when NAS 2 has said that it noticed."""
         options = self.options
         with self.stage.step(f"nas1: {options.changes:,} files changed, some of them by SMB clients") as advance:
-            if not seed:
+            if not turn:
                 workload.smb_changes(client, 2 * options.seed + 1)
-            workload.change(root, options.changes, options.seed + 1000 * seed, advance)
-        writing = workload.OpenWrite(client, f"open at the freeze {seed}", root / f"open at the freeze {seed}")
-        (root / f"deleted while open {seed}").write_bytes(os.urandom(200_000))
+            workload.change(root, options.changes, options.seed + 1000 * turn, advance)
+        writing = workload.OpenWrite(client, f"open at the freeze {turn}", root / f"open at the freeze {turn}")
+        (root / f"deleted while open {turn}").write_bytes(os.urandom(200_000))
         with ExitStack() as held, self.stage.step(f"nas1 -> nas2: the differential, until {what}") as advance:
             held.callback(writing.end, 0.0)
             writing.begin()
-            name = f"deleted while open {seed}"
+            name = f"deleted while open {turn}"
             held.enter_context(workload.deleted_while_open(client, name, root / name))
-            order = _Interruption(self, site, die, advance)
+            # A dead node's programs hold no files; they are needed until the generation is taken, and no longer.
+            order = _Interruption(self, site, die, held.close, advance)
             order.run()
         self.course.killed_at = order.killed_at
         self.course.bytes_sent = order.bytes_sent
@@ -239,8 +240,10 @@ class Drill:
 class _Interruption:
     """A replication through a proxy, and a death at a byte of it."""
 
-    def __init__(self, drill: Drill, site: operations.Site, die: Callable[[], None], advance: Callable[[int, int], None]) -> None:
-        self._drill, self._site, self._die, self._advance = drill, site, die, advance
+    def __init__(
+        self, drill: Drill, site: operations.Site, die: Callable[[], None], taken: Callable[[], None], advance: Callable[[int, int], None]
+    ) -> None:
+        self._drill, self._site, self._die, self._taken, self._advance = drill, site, die, taken, advance
         self._reached: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
         self._proxy: Proxy | None = None
         self._expected = 0
@@ -290,6 +293,7 @@ class _Interruption:
             self._reached.put(None)
 
     def _on_order(self, transfer: UUID, built: m.Built | None) -> None:
+        self._taken()
         self.transfer = transfer
         raw = self._site.node(NodeName.NAS1).fetch(m.FetchDmi(transfer))
         with pool_of(self._drill.lab, NodeName.NAS1) as pool:
