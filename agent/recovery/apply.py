@@ -1,6 +1,7 @@
 """Storing a plan into the mounted clone of the base: content, then names, then what the names disturbed.
 
-Nothing here can leave the mount: inodes are opened by handle, names are single components relative to an open directory, and no link is followed.
+Nothing here can leave the mount: inodes are opened by handle, names are single components relative to an open directory, and no link is
+followed.
 Whatever changes its name goes through a stage (a private directory in the root), so swaps, cycles and replacements need no order.
 Everything happens on a clone that is thrown away if we die here.
 """
@@ -12,6 +13,7 @@ import os
 import secrets
 import stat
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from agent.blockio.device import Device
@@ -36,7 +38,7 @@ Tick = Callable[[int], None]
 
 @dataclass(slots=True)
 class Applied:
-    """What was stored: the digest of each regular file's content, the handles of new inodes, and what could not be stored."""
+    """What was stored: the digest of each regular file's content, handles of new inodes, and what could not be stored."""
 
     contents: dict[int, bytes] = field(default_factory=dict)
     bytes_stored: int = 0
@@ -48,8 +50,8 @@ class Applied:
 def apply_plan(plan: Plan, dmi: Dmi, landing: Device, mount_fd: int, tick: Tick) -> Applied:
     """Store the plan and return what was stored; ``tick`` is called with the number of files stored so far.
 
-    With files in ``excluded`` the clone is of no use: salvage begins again without them. SalvageFailed if the base is not what the DMI says;
-    NoSpace if there is no room for names.
+    With files in ``excluded`` the clone is of no use: salvage begins again without them. SalvageFailed if the base is not what the DMI
+    says; OSError as the filesystem has it.
     """
     done = Applied()
     tree = Tree(dmi, mount_fd, done.made, done.unlisted)
@@ -70,7 +72,7 @@ class _Application:
         self.stored = 0
 
     def run(self, landing: Device) -> None:
-        plan, root_fd = self.plan, self.tree.folder(self.plan.root)
+        root_fd = self.tree.folder(self.plan.root)
         self.tree.find(self.plan.unlisted())
         os.mkdir(self.stage_name, 0o700, dir_fd=root_fd)
         self.stage_fd = os.open(self.stage_name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=root_fd)
@@ -225,18 +227,18 @@ class _Application:
     # Names.
 
     def _change_names(self) -> None:
-        folders = [placement for placement in self.plan.remove if self._kind(placement.row) is FileKind.DIRECTORY]
-        for placement in (*self.plan.move, *folders):
+        removed = [placement for placement in self.plan.remove if self._kind(placement.row) is FileKind.DIRECTORY]
+        for placement in (*self.plan.move, *removed):
             if placement.row not in self.fresh:
                 self._detach(placement)
         for placement in self.plan.move:
             self._attach(placement)
         self._put_aside()
-        for placement in folders:
+        for placement in removed:
             try:
                 os.rmdir(_staged(placement.row), dir_fd=self.stage_fd)
             except OSError as error:
-                raise SalvageFailed(f"the deleted directory inode {self.dmi.inode[placement.row]} is not empty", cause=str(error)) from error
+                raise SalvageFailed(f"deleted directory {self.dmi.inode[placement.row]} is not empty", cause=str(error)) from error
 
     def _detach(self, placement: Placement) -> None:
         """Take away the names an inode gives up; the last one goes into the stage if no other name stays."""
@@ -378,10 +380,8 @@ def _staged(row: int) -> bytes:
 def _enter(folder: int, component: bytes) -> int:
     """Return the directory ``component`` in ``folder``, made if need be; ``folder`` is closed."""
     try:
-        try:
+        with suppress(FileExistsError):
             os.mkdir(component, 0o700, dir_fd=folder)
-        except FileExistsError:
-            pass
         return os.open(component, _READ | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=folder)
     finally:
         os.close(folder)

@@ -13,11 +13,11 @@ from agent.contract.messages import UpdateInstruction
 def check_instruction(instruction: UpdateInstruction, dmi: Dmi, arrival: ArrivalRecord) -> tuple[int, ...]:
     """Return the designated rows, ascending, nameless files left out.
 
-    FileNotWhole names the first file of which a piece is missing here; RequestRefused for an instruction that is not of this DMI, or designates
-    what cannot be stored.
+    FileNotWhole names the first file of which a piece is missing here; RequestRefused for an instruction that is not of this DMI, or
+    designates what cannot be stored.
     """
     if not instruction.transfer == arrival.transfer == dmi.head.transfer or instruction.dmi_digest != arrival.dmi_digest.hex():
-        raise RequestRefused("the update instruction was made from another DMI", fix="Fetch DMI and arrival record again and determine anew.")
+        raise RequestRefused("the update instruction was made from another DMI", fix="Fetch DMI and record again, determine anew.")
     rows = np.array(sorted(instruction.files), dtype=np.int64)
     if len(rows) and (rows[0] < 0 or rows[-1] >= dmi.file_total or bool(np.any(rows[1:] == rows[:-1]))):
         raise RequestRefused("the update instruction designates rows that are not in the DMI, or one twice")
@@ -27,7 +27,8 @@ def check_instruction(instruction: UpdateInstruction, dmi: Dmi, arrival: Arrival
     for row in rows.tolist():
         missing = int(np.count_nonzero(~complete[dmi.needs(row)]))
         if missing:
-            raise FileNotWhole(f"{name_of(dmi, row)} is not whole here: {missing} of {len(dmi.needs(row))} pieces are missing or not proved")
+            needed = len(dmi.needs(row))
+            raise FileNotWhole(f"{name_of(dmi, row)} is not whole here: {missing} of {needed} pieces are missing or not proved")
     return tuple(rows[(dmi.change[rows] & Change.NAMELESS) == 0].tolist())
 
 

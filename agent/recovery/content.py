@@ -1,7 +1,7 @@
 """The content of whole files, read from the landing volume at the DMI's extents and proved by the DMI's digests.
 
-The landing volume is a clone of the base in which pieces landed, so a changed file's unchanged blocks are read, and proved, there too. Nothing
-mounts it: a kernel mount of a partial landing volume succeeds and silently returns wrong data.
+The landing volume is a clone of the base in which pieces landed, so a changed file's unchanged blocks are read, and proved, there too.
+Nothing mounts it: a kernel mount of a partial landing volume succeeds and silently returns wrong data.
 """
 
 from __future__ import annotations

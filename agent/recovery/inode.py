@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import stat
+from pathlib import Path
 from typing import Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from agent.contract.dmi import Dmi, FileKind
 from agent.contract.identity import BLOCK_BYTES
@@ -56,14 +58,15 @@ def write_changed(fd: int, offset: int, data: memoryview) -> None:
         return
     whole = len(data) // BLOCK_BYTES * BLOCK_BYTES
     differs = np.empty(-(-len(data) // BLOCK_BYTES), dtype=np.bool_)
-    differs[: whole // BLOCK_BYTES] = np.any(
-        np.frombuffer(old[:whole], np.uint64).reshape(-1, BLOCK_BYTES // 8) != np.frombuffer(data[:whole], np.uint64).reshape(-1, BLOCK_BYTES // 8),
-        axis=1,
-    )
+    differs[: whole // BLOCK_BYTES] = np.any(_blocks(old[:whole]) != _blocks(data[:whole]), axis=1)
     differs[whole // BLOCK_BYTES :] = old[whole:] != data[whole:]
     edges = np.flatnonzero(np.diff(np.concatenate(([False], differs, [False])).astype(np.int8)))
     for begin, end in zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True):
         write(fd, offset + begin * BLOCK_BYTES, data[begin * BLOCK_BYTES : end * BLOCK_BYTES])
+
+
+def _blocks(data: memoryview) -> NDArray[np.uint64]:
+    return np.frombuffer(data, np.uint64).reshape(-1, BLOCK_BYTES // 8)
 
 
 def write(fd: int, offset: int, data: memoryview) -> None:
@@ -93,7 +96,7 @@ def set_attributes(fd: int, dmi: Dmi, row: int) -> None:
     attributes.set_xattrs(fd, dict(dmi.xattrs(row)))
     # Changing the owner, the ACL or the content takes setuid and setgid away, so the mode is set after them.
     if kind != FileKind.SYMLINK and stat.S_IMODE(os.fstat(fd).st_mode) != mode:
-        os.chmod(path, mode)
+        Path(path).chmod(mode)
     if kind in FLAGGED:
         attributes.set_project(fd, int(dmi.project[row]))
         attributes.set_flags(fd, int(dmi.attr_flags[row]) & ~LOCKS)

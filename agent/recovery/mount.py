@@ -8,16 +8,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from agent.contract.errors import LayoutUnsupported
+from agent.contract.errors import CommandFailed, SalvageFailed
 from agent.contract.identity import FilesystemKind
 from agent.system.block import sync_filesystem
 from agent.system.run import run
-from agent.volume.mounts import mount_on
+from agent.volume import filesystem
 
-_OPTIONS: Final = {FilesystemKind.EXT4: "", FilesystemKind.XFS: ",nouuid"}
-_PROGRAM: Final = {FilesystemKind.EXT4: "mkfs.ext4", FilesystemKind.XFS: "mkfs.xfs"}
-_OUTWARD: Final = ("/", "device=", "logdev", "rtdev", "name=", "file", "proto")
-_OUTWARD_OPTIONS: Final = {FilesystemKind.EXT4: ("-d", "-u", "-S"), FilesystemKind.XFS: ("-p", "-P", "-c", "-l@")}
+_PROTECTED: Final = "nosuid,nodev,noexec,noatime"
+_OPTIONS: Final = {
+    (FilesystemKind.EXT4, False): f"rw,{_PROTECTED}",
+    (FilesystemKind.XFS, False): f"rw,nouuid,{_PROTECTED}",
+    # It was unmounted in order, so there is nothing to replay: what can be read is what is on the device.
+    (FilesystemKind.EXT4, True): f"ro,noload,{_PROTECTED}",
+    (FilesystemKind.XFS, True): f"ro,norecovery,nouuid,{_PROTECTED}",
+}
+_LIMIT_S: Final = 300.0
 
 
 @contextmanager
@@ -26,10 +31,11 @@ def mounted(device: Path, mount_point: Path, kind: FilesystemKind, *, read_only:
 
     If we die here the mount stays; ``unmount`` at the next start takes it away.
     """
-    options = f"{'ro' if read_only else 'rw'},nosuid,nodev,noexec,noatime{_OPTIONS[kind]}"
-    run(["mount", "-t", kind.value, "-o", options, str(device), str(mount_point)], timeout_s=300)
     try:
-        run(["mount", "--make-private", str(mount_point)])
+        run(["mount", "-n", "-t", str(kind), "-o", _OPTIONS[kind, read_only], str(device), str(mount_point)], timeout_s=_LIMIT_S)
+    except CommandFailed as error:
+        raise SalvageFailed("the clone of the base cannot be mounted", cause=error.cause) from error
+    try:
         fd = os.open(mount_point, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             yield fd
@@ -38,21 +44,10 @@ def mounted(device: Path, mount_point: Path, kind: FilesystemKind, *, read_only:
         finally:
             os.close(fd)
     finally:
-        unmount(mount_point)
+        filesystem.unmount(mount_point)
 
 
 def unmount(mount_point: Path) -> None:
     """Unmount what is on ``mount_point``, several mounts if need be; nothing if it is none."""
-    while mount_on(mount_point) is not None:
-        run(["umount", str(mount_point)], timeout_s=600)
-
-
-def make_filesystem(device: Path, kind: FilesystemKind, arguments: tuple[str, ...]) -> None:
-    """Make an empty filesystem by the DMI's words, which the source wrote: LayoutUnsupported unless they are about this device alone."""
-    words = list(arguments) if arguments and not arguments[0].startswith("-") else [_PROGRAM[kind], *arguments]
-    if words[0] not in (_PROGRAM[kind], f"mkfs -t {kind.value}"):
-        raise LayoutUnsupported(f"{words[0]!r} does not make a filesystem of kind {kind.value}")
-    for word in words[1:]:
-        if any(part in word for part in _OUTWARD) or word.startswith(_OUTWARD_OPTIONS[kind]):
-            raise LayoutUnsupported(f"the option {word!r} for a new filesystem reaches outside its device")
-    run([*words, str(device)], timeout_s=600)
+    while filesystem.is_mounted(mount_point):
+        filesystem.unmount(mount_point)

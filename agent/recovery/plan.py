@@ -1,8 +1,8 @@
 """The namespace that a salvage makes: which inode has which names, from the DMI, the designation and the policy. Pure.
 
-DESIGN, section 4. Paths follow the target: an inode that is in base and target is placed at its target names, designated or not; a new
-one only if it is designated (a directory also if something needs it as parent). A deleted inode is held or removed by policy; it stays in any case
-where a new file that is not whole would take its name. Every name is a pair of directory and single component, so that nobody resolves a path.
+Paths follow the target: an inode that is in base and target is placed at its target names, designated or not; a new one only if it is
+designated (a directory also if something needs it as parent). A deleted inode is held or removed by policy; it stays in any case where a
+new file that is not whole would take its name. Every name is a pair of directory and single component, so that nobody resolves a path.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ UNLISTED: Final = -1
 """As ``Folder.row``: the directory is not in the DMI, so it is what it was in the base."""
 
 HELD: Final = b".landfall-held"
+_REPLACED: Final = "the file that replaces it is not whole"
+_KEPT: Final = "it was deleted on the primary; a partial salvage keeps it"
 
 
 class Folder(NamedTuple):
@@ -94,7 +96,9 @@ def make_plan(
     absent = {slot for row in names.fresh - placed for slot in names.target[row]}
     occupied = {slot.name for slot in (*taken, *absent) if slot.folder == names.root} | set(root_names)
     held_name = next(name for name in _held_names() if name not in occupied)
-    move, remove, outcomes = [], [], []
+    move: list[Placement] = []
+    remove: list[Placement] = []
+    outcomes: list[FileOutcome] = []
     for row in sorted(placed):
         before, after = names.base[row], names.target[row]
         if set(before) != set(after):
@@ -104,7 +108,7 @@ def make_plan(
         outcome = Outcome.HELD if placement.names or placement.aside else Outcome.DELETED
         (move if outcome is Outcome.HELD else remove).append(placement)
         if outcome is not (expected or outcome) or moved:
-            reason = "the file that replaces it is not whole" if apply_deletions else "it was deleted on the primary; a partial salvage keeps it"
+            reason = _REPLACED if apply_deletions else _KEPT
             outcomes.append(FileOutcome(row, outcome, reason, path.decode("utf-8", "surrogateescape") if moved else ""))
     for row in sorted((placed & names.fresh) - set(designated)):
         outcomes.append(FileOutcome(row, Outcome.RECOVERED, "a recovered file lies in it"))
@@ -169,15 +173,16 @@ class _Names:
         self.target_paths: list[list[bytes]] = [[] for _ in inodes]
         self._prefix: dict[tuple[Side, Folder], bytes] = {}
         self._read()
-        self.unlisted = {folder: path for (side, folder), path in self._prefix.items() if folder.row == UNLISTED and side is Side.TARGET}
-        self.unlisted |= {folder: path for (side, folder), path in self._prefix.items() if folder.row == UNLISTED and side is Side.BASE}
+        self.unlisted: dict[Folder, bytes] = {}
+        for side in (Side.TARGET, Side.BASE):  # of both the base's path is the one that can be opened
+            self.unlisted |= {folder: path for (of, folder), path in self._prefix.items() if folder.row == UNLISTED and of is side}
         rows = range(len(inodes))
         self.fresh = {row for row in rows if self.target[row] and not self.base[row]}
         self.gone = {row for row in rows if self.base[row] and not self.target[row]}
         self.surviving = {row for row in rows if self.base[row] and self.target[row]}
         for row in rows:
             _refuse(bool(changes[row] & Change.NEW and self.base[row]), f"inode {inodes[row]} is new and has a name in the base")
-            _refuse(bool(changes[row] & Change.DELETED and self.target[row]), f"inode {inodes[row]} is deleted and has a name in the target")
+            _refuse(bool(changes[row] & Change.DELETED and self.target[row]), f"inode {inodes[row]} is deleted and has a target name")
 
     def _root_row(self, inodes: list[int], changes: list[int]) -> int:
         rows = [row for row, inode in enumerate(inodes) if inode == self.root.inode]
@@ -194,7 +199,6 @@ class _Names:
         sides, parents, starts = dmi.name_side.tolist(), dmi.name_parent.tolist(), dmi.name_start.tolist()
         path_starts, raw = dmi.name_path_start.tolist(), dmi.paths.tobytes()
         claimed: set[tuple[int, Slot]] = set()
-        pending: list[tuple[Side, Folder, bytes]] = []
         for row in range(dmi.file_total):
             for at in range(starts[row], starts[row + 1]):
                 path, side = raw[path_starts[at] : path_starts[at + 1]], Side(sides[at])
@@ -209,7 +213,6 @@ class _Names:
                 claimed.add((side, slot))
                 if self._prefix.setdefault((side, folder), above) != above:
                     raise DmiMalformed(f"the path {path!r} does not lie in its directory")
-                pending.append((side, folder, above))
                 (self.base if side is Side.BASE else self.target)[row].append(slot)
                 (self.base_paths if side is Side.BASE else self.target_paths)[row].append(path)
             for held in (self.base[row], self.target[row]):
@@ -264,9 +267,9 @@ class _Gone:
         self._where: dict[Folder, bytes] = {}
 
     def settle(self) -> Iterator[tuple[int, _Settled]]:
-        """Yield each deleted row, directories before what lies in them."""
+        """Yield each deleted row, directories first, each after the one in which it lies: what they become decides where a file is."""
         names = self._names
-        for row in sorted(names.gone, key=lambda row: (len(names.base_paths[row][0]), row)):
+        for row in sorted(names.gone, key=lambda row: (not names.is_folder[row], len(names.base_paths[row][0]), row)):
             yield row, self._settle(row)
 
     def _settle(self, row: int) -> _Settled:

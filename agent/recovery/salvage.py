@@ -1,8 +1,9 @@
 """Salvage: the base plus the files that arrived whole, verified, as a generation of its own; and back again.
 
-Steps: workspace (a clone of the base), for an empty base a new filesystem, mount, apply, unmount, verify, commit. Until the commit's rename only
-the clone was written: if we die before it, ``recover`` throws the clone away and salvage runs again from the base; after it, salvage is done.
-The landing volume, the DMI and the arrival record are read and stay as they are, so an undone salvage leaves a transfer that can be resumed.
+Steps: workspace (a clone of the base), for an empty base a new filesystem, mount, apply, unmount, verify, commit. Until the commit's
+rename only the clone was written: if we die before it, ``recover`` throws the clone away and salvage runs again from the base; after it,
+salvage is done. The landing volume, the DMI and the arrival record are read and stay as they are, so an undone salvage leaves a
+transfer that can be resumed.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from uuid import UUID
@@ -23,11 +24,12 @@ from agent.contract.identity import GenerationKind, next_generation
 from agent.contract.messages import Deletions, FileOutcome, GenerationFacts, Outcome, Progress, Salvaged, UpdateInstruction
 from agent.recovery.apply import NO_ROOM, Applied, apply_plan
 from agent.recovery.check import check_instruction
-from agent.recovery.mount import make_filesystem, mounted, unmount
+from agent.recovery.mount import mounted, unmount
 from agent.recovery.plan import HELD, Plan, make_plan
 from agent.recovery.verify import Verified, verify
 from agent.system import clock
 from agent.system.failpoint import failpoint
+from agent.volume import filesystem
 from agent.volume.substrate import Substrate, Workspace, WorkspaceKind
 
 
@@ -66,8 +68,8 @@ def salvage(job: SalvageJob) -> Salvaged:
     """Store the designated files in a clone of the base, verify it and commit it as the newest generation.
 
     Errors: RequestRefused, FileNotWhole (the instruction), DmiMalformed (names that contradict each other), NoSpace, DeviceBusy,
-    SalvageFailed, VerifyFailed; after each the base is what it was. A file that proves damaged or for which there is no room is left out and
-    is in ``exceptions``. If we die here, nothing was committed, or all.
+    SalvageFailed, VerifyFailed; after each the base is what it was. A file that proves damaged or for which there is no room is left
+    out and is in ``exceptions``. If we die here, nothing was committed, or all.
     """
     begun = clock.monotonic_s()
     designated = check_instruction(job.instruction, job.dmi, job.arrival)
@@ -81,12 +83,12 @@ def salvage(job: SalvageJob) -> Salvaged:
         verified = _verify(job, plan, applied)
         facts = _commit(job)
     except OSError as error:
-        job.substrate.discard(job.workspace)
+        _give_up(job)
         if error.errno in NO_ROOM:
             raise NoSpace("there is no room to make the salvaged volume", cause=str(error)) from error
         raise SalvageFailed("the clone of the base could not be written", cause=_words(error)) from error
     except LandfallError:
-        job.substrate.discard(job.workspace)
+        _give_up(job)
         raise
     exceptions = sorted((*plan.outcomes, *excluded.values()), key=lambda outcome: outcome.file)
     return Salvaged(facts, tuple(exceptions), verified.files, verified.bytes, round(clock.monotonic_s() - begun, 3))
@@ -129,7 +131,7 @@ def _attempt(job: SalvageJob, designated: tuple[int, ...], excluded: dict[int, F
     from_nothing = dmi.head.base.counter == 0
     with job.substrate.writing(job.workspace) as device:
         if from_nothing:
-            make_filesystem(device, dmi.head.filesystem, dmi.head.mkfs_arguments)
+            filesystem.make_like(device, dmi.head.filesystem, dmi.head.mkfs_arguments)
         failpoint("recovery.before_mount")
         with mounted(device, job.mount_point, dmi.head.filesystem, read_only=False) as mount_fd:
             plan = make_plan(
@@ -137,13 +139,19 @@ def _attempt(job: SalvageJob, designated: tuple[int, ...], excluded: dict[int, F
                 [row for row in designated if row not in excluded],
                 apply_deletions=instruction.deletions is Deletions.APPLY or (instruction.complete and not excluded),
                 expected=Outcome.DELETED if instruction.complete or instruction.deletions is Deletions.APPLY else Outcome.HELD,
-                root_names=[name for name in os.listdir(os.fsencode(job.mount_point)) if name.startswith(HELD)],
+                root_names=[name for name in map(os.fsencode, os.listdir(mount_fd)) if name.startswith(HELD)],
             )
             total = len(plan.create) + len(plan.update)
             with _landing(job) as landing:
                 applied = apply_plan(plan, dmi, landing, mount_fd, lambda done: job.progress(Progress("apply", done, total)))
     job.progress(Progress("unmount", 1, 1))
     return plan, applied
+
+
+def _give_up(job: SalvageJob) -> None:
+    """Throw the clone away; where that fails too, ``recover`` does it at the next start, and the first error is the one to tell."""
+    with suppress(LandfallError, OSError):
+        recover(job.substrate, job.mount_folder)
 
 
 @contextmanager

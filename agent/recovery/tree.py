@@ -46,7 +46,9 @@ class Times:
 class Tree:
     """One mount of the clone. ``made`` are the handles of inodes that the salvage made, ``unlisted`` those that ``find`` found."""
 
-    def __init__(self, dmi: Dmi, mount_fd: int, made: dict[int, Handle], unlisted: dict[Folder, Handle], *, read_only: bool = False) -> None:
+    def __init__(
+        self, dmi: Dmi, mount_fd: int, made: dict[int, Handle], unlisted: dict[Folder, Handle], *, read_only: bool = False
+    ) -> None:
         self.dmi = dmi
         self.read_only = read_only
         self.mount_fd = mount_fd

@@ -53,11 +53,12 @@ class _Verification:
         for number, row in enumerate(rows, 1):
             self._verify(row)
             self.tick(number)
+        removed = {placement.row for placement in self.plan.remove}
         for placement in self.plan.move:
             found = {self._inode_at(placement.row, slot) for slot in placement.take}
             self._require(len(found) <= 1, placement.row, "its names are not one file")
             for slot in placement.leave:
-                state = self.tree.stat(slot)
+                state = None if slot.folder.row in removed else self.tree.stat(slot)
                 self._require(state is None or state.st_ino not in found, placement.row, "an old name of it is still there")
         return Verified(len(rows), self.bytes)
 

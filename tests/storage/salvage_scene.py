@@ -26,10 +26,12 @@ from agent.contract.messages import Deletions, GenerationFacts, Progress, Role, 
 from agent.recovery.salvage import SalvageJob, salvage
 from agent.system import attributes, block
 from agent.system.handles import identity_at
+from agent.volume import filesystem
 from agent.volume.reflink import ReflinkSubstrate
 from agent.volume.substrate import VolumeRecord, Workspace, WorkspaceKind
 
 Identity = tuple[int, int]
+Names = dict[Identity, list[bytes]]
 READ_ONLY = {FilesystemKind.EXT4: "ro,noload", FilesystemKind.XFS: "ro,norecovery,nouuid"}
 READ_WRITE = {FilesystemKind.EXT4: "rw,noatime", FilesystemKind.XFS: "rw,noatime,nouuid"}
 SIZE = {FilesystemKind.EXT4: 64 << 20, FilesystemKind.XFS: 320 << 20}
@@ -69,8 +71,8 @@ class Walk:
     extents: dict[Identity, list[tuple[int, int, int, int]]] = field(default_factory=dict)
     inline: set[Identity] = field(default_factory=set)
 
-    def names(self) -> dict[Identity, list[bytes]]:
-        found: dict[Identity, list[bytes]] = defaultdict(list)
+    def names(self) -> Names:
+        found: Names = defaultdict(list)
         for path, identity in sorted(self.paths.items()):
             found[identity].append(path)
         return found
@@ -117,7 +119,8 @@ def _node(full: bytes, identity: Identity, found: Walk) -> Node:
                 content = _content(fd, state.st_size)
                 rows = block.extent_map(fd)
                 extents = []
-                for logical, physical, length, mark in zip(*(c.tolist() for c in (rows.logical, rows.physical, rows.length, rows.flags)), strict=True):
+                columns = (column.tolist() for column in (rows.logical, rows.physical, rows.length, rows.flags))
+                for logical, physical, length, mark in zip(*columns, strict=True):
                     if mark & block.ExtentFlag.DATA_INLINE:
                         found.inline.add(identity)
                         continue
@@ -161,8 +164,9 @@ def _content(fd: int, size: int) -> bytes:
     return b"|".join(parts)
 
 
-def slots(tree: Walk, identity: Identity, names: dict[Identity, list[bytes]]) -> set[tuple[Identity, bytes]]:
-    return {(tree.paths[os.path.dirname(path)], os.path.basename(path)) for path in names.get(identity, []) if path}
+def slots(tree: Walk, identity: Identity, names: Names) -> set[tuple[Identity, bytes]]:
+    parts = [path.rpartition(b"/") for path in names.get(identity, []) if path]
+    return {(tree.paths[above], name) for above, _, name in parts}
 
 
 class Scene:
@@ -181,6 +185,10 @@ class Scene:
         self.base = self.target = self.g0
         self.mount_folder = tmp / "mounts"
 
+    def remove(self) -> None:
+        """Gives the pool's room back."""
+        self.substrate.remove(self.volume)
+
     def fill(self, act: Callable[[Path], None]) -> None:
         self.base = self.target = self._next(act)
 
@@ -197,7 +205,8 @@ class Scene:
 
     @contextmanager
     def opened(self, generation: GenerationFacts) -> Iterator[Path]:
-        with self.substrate.reading(generation.id) as device, mount(device, self.tmp / f"ro-{uuid4().hex[:8]}", self.kind, READ_ONLY) as root:
+        where = self.tmp / f"ro-{uuid4().hex[:8]}"
+        with self.substrate.reading(generation.id) as device, mount(device, where, self.kind, READ_ONLY) as root:
             yield root
 
     def walked(self, generation: GenerationFacts) -> Walk:
@@ -337,16 +346,17 @@ def build(scene: Scene) -> Built:
         for row in piece[2]:
             needs[row].append(number)
 
+    with scene.substrate.reading(scene.target.id) as device:
+        arguments = filesystem.mkfs_arguments(device, scene.kind)
     head = Head(
-        uuid4(), scene.base.id, scene.target.id, 1, 2, "volume", total * BLOCK_BYTES, 512, scene.kind, scene.mkfs,
+        uuid4(), scene.base.id, scene.target.id, 1, 2, "volume", total * BLOCK_BYTES, 512, scene.kind, arguments,
         target.paths[b""][0], scene.substrate.differential_identity,
     )  # fmt: skip
-    return Built(_columns(head, pieces, needs, rows, (base, target, base_names, target_names), (before, image)), base, target, image, row_of)
+    dmi = _columns(head, pieces, needs, rows, (base, target, base_names, target_names), (before, image))
+    return Built(dmi, base, target, image, row_of)
 
 
-def _change(
-    base: Walk, target: Walk, base_names: dict[Identity, list[bytes]], target_names: dict[Identity, list[bytes]], identity: Identity, changed: Any
-) -> Change:
+def _change(base: Walk, target: Walk, base_names: Names, target_names: Names, identity: Identity, changed: Any) -> Change:
     if identity not in base.nodes:
         return Change.NEW
     if identity not in target.nodes:
@@ -392,14 +402,23 @@ def _columns(head: Head, pieces: Any, needs: Any, rows: Any, trees: Any, images:
     for identity, _ in rows:
         listed = []
         for side, tree, known in ((Side.BASE, base, base_names), (Side.TARGET, target, target_names)):
-            listed += [(int(side), tree.paths[os.path.dirname(path)][0], path) for path in known.get(identity, [])]
+            listed += [(int(side), tree.paths[path.rpartition(b"/")[0]][0], path) for path in known.get(identity, [])]
         names.append(listed)
     flat_names = [name for listed in names for name in listed]
     flat_extents = [extent for mapped in extents for extent in mapped]
     xattrs = [node.xattrs for node in nodes]
     flat_xattrs = [pair for held in xattrs for pair in held]
     links = [len(target_names.get(identity, [])) or len(base_names.get(identity, [])) for identity, _ in rows]
-    u64, u32, u8 = (lambda values, kind=kind: np.array(list(values), dtype=kind) for kind in (np.uint64, np.uint32, np.uint8))
+
+    def u64(values: Iterable[int]) -> np.ndarray[Any, np.dtype[np.uint64]]:
+        return np.array(list(values), dtype=np.uint64)
+
+    def u32(values: Iterable[int]) -> np.ndarray[Any, np.dtype[np.uint32]]:
+        return np.array(list(values), dtype=np.uint32)
+
+    def u8(values: Iterable[int]) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        return np.array(list(values), dtype=np.uint8)
+
     dmi = Dmi(
         head,
         op_block=u64(piece[0] for piece in pieces),

@@ -21,8 +21,10 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(params=list(FilesystemKind))
-def scene(request: pytest.FixtureRequest, pool: Path, tmp_path: Path) -> Scene:
-    return Scene(pool, request.param, tmp_path)
+def scene(request: pytest.FixtureRequest, pool: Path, tmp_path: Path) -> Iterator[Scene]:
+    made = Scene(pool, request.param, tmp_path)
+    yield made
+    made.remove()
 
 
 def fill(root: Path) -> None:

@@ -1,0 +1,58 @@
+"""Random trees, random changes, a random part of them arrived: the result is what the model says, and the filesystem is sound."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from agent.contract.dmi import FileKind
+from agent.contract.identity import FilesystemKind
+from agent.contract.messages import Deletions
+from tests.storage.conformance import pool_on
+from tests.storage.random_changes import Changes
+from tests.storage.salvage_model import compare, expected
+from tests.storage.salvage_scene import Built, Scene
+
+SEEDS = range(int(os.environ.get("LANDFALL_SEED", "0")), int(os.environ.get("LANDFALL_SEED", "0")) + int(os.environ.get("LANDFALL_SEEDS", "4")))
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    with pool_on("xfs", tmp_path_factory.mktemp("pool")) as mount_point:
+        yield mount_point
+
+
+def torn(built: Built, chance: random.Random) -> list[int]:
+    """Chooses files, and of each a piece that does not arrive."""
+    missing = []
+    for row in built.judged():
+        needs = built.dmi.needs(row).tolist()
+        if needs and built.dmi.kind[row] == FileKind.REGULAR and chance.random() < 0.4:
+            missing.append(chance.choice(needs))
+    return missing
+
+
+@pytest.mark.parametrize("kind", list(FilesystemKind))
+@pytest.mark.parametrize("seed", SEEDS)
+def test_I3_I4_I5_a_random_part_of_random_changes(pool: Path, tmp_path: Path, kind: FilesystemKind, seed: int) -> None:
+    chance = random.Random(seed)
+    scene = Scene(pool, kind, tmp_path)
+    from_nothing = seed % 4 == 3
+    scene.change(lambda root: Changes(root, chance, kind).grow(60)) if from_nothing else scene.fill(
+        lambda root: Changes(root, chance, kind).grow(60)
+    )
+    if not from_nothing:
+        scene.change(lambda root: Changes(root, chance, kind).change(50))
+    built = scene.build()
+    arrival = scene.land(built, torn(built, chance))
+    deletions = chance.choice(list(Deletions))
+    job = scene.job(built, arrival, deletions=deletions)
+    _, tree = scene.salvaged(job)
+    whole = {identity for identity, row in built.rows.items() if row in job.instruction.files}
+    hold = deletions is Deletions.HOLD and not job.instruction.complete
+    assert compare(tree, expected(built.base, built.target, whole, hold=hold)) == []
+    scene.remove()
