@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import xxhash
+from numpy.typing import NDArray
 
 from agent.contract.dmi import Change, Dmi, FileKind, Owner, Side
 from tests.storage.frozen_images import Built, blocks_of, changed_blocks, command
@@ -94,9 +95,7 @@ def check_blocks(built: Built) -> None:
     covered = np.zeros(dmi.head.volume_blocks, dtype=int)
     now = blocks_of(built.target)
     before = blocks_of(built.base) if built.base else np.zeros_like(now)
-    for first, count, update, diff in zip(
-        dmi.op_block.tolist(), dmi.block_count.tolist(), dmi.update_digest, dmi.diff_digest, strict=True
-    ):
+    for first, count, update, diff in zip(dmi.op_block.tolist(), dmi.block_count.tolist(), dmi.update_digest, dmi.diff_digest, strict=True):
         covered[first : first + count] += 1
         assert update.tobytes() == _piece(now[first : first + count], first)
         assert diff.tobytes() == _piece(before[first : first + count], first)
@@ -139,9 +138,9 @@ def check_files(built: Built, base: Tree | None, target: Tree) -> None:
             if base is not None and not change & (Change.CONTENT | Change.NEW):
                 assert base.inodes[inode].content == entry.content
         else:
-            assert dmi.file_digest[row].tobytes() == xxhash.xxh3_128(
-                dmi.payload_of(row) + int(dmi.size[row]).to_bytes(8, "little")
-            ).digest()
+            assert (
+                dmi.file_digest[row].tobytes() == xxhash.xxh3_128(dmi.payload_of(row) + int(dmi.size[row]).to_bytes(8, "little")).digest()
+            )
     missing = differing(base, target) - seen
     assert not missing, [target.paths_of(inode) for inode in missing]
     if base is not None:
@@ -178,7 +177,7 @@ def check_attributes(dmi: Dmi, row: int, entry: Entry) -> None:
         assert dmi.payload_of(row) == entry.content
 
 
-def reconstructed(dmi: Dmi, row: int, image: np.ndarray) -> bytes:  # type: ignore[type-arg]
+def reconstructed(dmi: Dmi, row: int, image: NDArray[np.uint8]) -> bytes:
     """Return the content that extents, payload and size give: unwritten and holes are zeros, cut at the size."""
     size = int(dmi.size[row])
     content = bytearray(size)
@@ -197,7 +196,9 @@ def check_owners(built: Built) -> None:
     """Owner classes and claims are those that dumpe2fs and debugfs icheck tell of the target image."""
     dmi = built.dmi
     free = free_blocks(built.target)
-    blocks, classes, claims = [], [], []
+    blocks: list[int] = []
+    classes: list[Owner] = []
+    claims: list[set[int]] = []
     needing: dict[int, set[int]] = {}
     for row in range(dmi.file_total):
         for piece in dmi.needs(row).tolist():
@@ -256,12 +257,12 @@ def debugfs(image: Path, lines: list[str]) -> str:
         return command("debugfs", "-f", file.name, str(image)).decode(errors="replace")
 
 
-def _piece(data: np.ndarray, first: int) -> bytes:  # type: ignore[type-arg]
+def _piece(data: NDArray[np.uint8], first: int) -> bytes:
     table = b"".join(xxhash.xxh3_64_intdigest(block.tobytes()).to_bytes(8, "little") for block in data)
     return xxhash.xxh3_128_digest(table, seed=first)
 
 
-def _folded(dmi: Dmi, row: int, image: np.ndarray) -> bytes:  # type: ignore[type-arg]
+def _folded(dmi: Dmi, row: int, image: NDArray[np.uint8]) -> bytes:
     fold = xxhash.xxh3_128(dmi.payload_of(row))
     for logical, physical, blocks, flags in dmi.extents(row):
         if not flags & 1:

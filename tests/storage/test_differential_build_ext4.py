@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import os
 import random
-import socket
-import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 
 from agent.contract.dmi import Change, Dmi, FileKind, Owner, Side
 from tests.storage.differential_truth import Tree, check_blocks, check_files, check_owners, tree_of
-from tests.storage.frozen_images import Built, built, command, copied_tree, freeze_copy, loop, make_ext4, mounted, view
+from tests.storage.every_change import change, fill
+from tests.storage.frozen_images import Built, built, freeze_copy, loop, make_ext4, mounted, view
 
 FEATURES = {
     "default": (),
@@ -36,133 +34,6 @@ class Case:
     noise: random.Random
 
 
-def fill(root: Path, random_bytes: random.Random, features: str) -> None:
-    """Make the base: something of everything."""
-    copied_tree(Path("/usr/share/perl5"), root / "tree", 150)
-    for name in (
-        "append in-place safe-save delete truncate grow punch unwritten chmod chown touch link-gone link-more xattr xattr-drop acl swap-a "
-        "swap-b move shrink-xattr replaced kind-change untouched open-deleted punch-hidden flags"
-    ).split():
-        (root / name).write_bytes(random_bytes.randbytes(random_bytes.randrange(1, 60_000)))
-    (root / "punch").write_bytes(random_bytes.randbytes(400_000))
-    (root / "punch-hidden").write_bytes(random_bytes.randbytes(400_000))
-    (root / "small").write_bytes(b"in the inode" * 4)
-    (root / "small-grows").write_bytes(b"in the inode" * 4)
-    (root / "sparse").write_bytes(b"head")
-    os.truncate(root / "sparse", 50_000_000)
-    os.link(root / "link-gone", root / "link-gone-2")
-    os.link(root / "link-more", root / "link-more-2")
-    os.symlink("short", root / "symlink-short")
-    os.symlink("long/" * 100, root / "symlink-long")
-    os.mkfifo(root / "fifo")
-    for folder in ("d1", "d2", "many", "gone", "old-name"):
-        (root / folder).mkdir()
-    (root / "old-name" / "inside").write_bytes(b"moves with its directory")
-    (root / "gone" / "below").write_bytes(random_bytes.randbytes(9000))
-    for number in range(3000):
-        (root / "many" / f"entry-{number:05d}-{'x' * 40}").touch()
-    os.setxattr(root / "xattr-drop", "user.a", b"1")
-    os.setxattr(root / "shrink-xattr", "user.big", b"b" * 3000)
-    for name in ("shared-1", "shared-2", "shared-3"):
-        (root / name).write_bytes(name.encode())
-        os.setxattr(root / name, "user.same", b"s" * 2000)
-    fragment(root / "deep", 700)
-    fragment(root / "filler", 50)
-
-
-def fragment(path: Path, pieces: int) -> None:
-    """Make a file of single blocks with holes between: more extents than fit the inode."""
-    with open(path, "wb") as file:
-        for number in range(pieces):
-            os.pwrite(file.fileno(), number.to_bytes(4, "little") * 1024, number * 8192)
-        os.fsync(file.fileno())
-
-
-def change(root: Path, random_bytes: random.Random, features: str) -> None:
-    """Make the target: every kind of change."""
-    with open(root / "append", "ab") as file:
-        file.write(random_bytes.randbytes(30_000))
-    with open(root / "in-place", "r+b") as file:
-        file.write(b"new beginning")
-    (root / "safe-save.tmp").write_bytes(random_bytes.randbytes(20_000))
-    os.rename(root / "safe-save.tmp", root / "safe-save")
-    (root / "delete").unlink()
-    os.truncate(root / "truncate", 100)
-    os.truncate(root / "grow", 300_000)
-    for name, times in (("punch", None), ("punch-hidden", os.stat(root / "punch-hidden"))):
-        if features != "maps":
-            command("fallocate", "--punch-hole", "--offset", "8192", "--length", "16384", str(root / name))
-        else:
-            os.truncate(root / name, 8192)
-        if times:
-            os.utime(root / name, ns=(times.st_atime_ns, times.st_mtime_ns))
-    if features != "maps":
-        command("fallocate", "--offset", "100000", "--length", "500000", str(root / "unwritten"))
-        command("fallocate", "--keep-size", "--length", "200000", str(root / "grow"))
-    os.chmod(root / "chmod", 0o4751)
-    os.chown(root / "chown", 70_001, 70_002)
-    os.utime(root / "touch", ns=(0, -1_500_000_001 if features == "maps" else -1_500_000_001))
-    (root / "link-gone-2").unlink()
-    os.link(root / "link-more", root / "d1" / "link-more-3")
-    os.setxattr(root / "xattr", "user.small", b"v")
-    os.setxattr(root / "xattr", "trusted.big", b"t" * 3500)
-    os.setxattr(root / "xattr", "security.odd", b"\0\1")
-    os.removexattr(root / "xattr-drop", "user.a")
-    os.setxattr(root / "shrink-xattr", "user.big", b"b")
-    (root / "shared-1").unlink()
-    command("setfacl", "-m", "u:70003:rw,g:70004:r", str(root / "acl"))
-    command("setfacl", "-d", "-m", "u:70003:rwx", str(root / "d2"))
-    os.rename(root / "swap-a", root / "swap-t")
-    os.rename(root / "swap-b", root / "swap-a")
-    os.rename(root / "swap-t", root / "swap-b")
-    os.rename(root / "move", root / "d1" / "moved")
-    os.rename(root / "old-name", root / "d2" / "new-name")
-    (root / "gone" / "below").unlink()
-    (root / "gone").rmdir()
-    (root / "kind-change").unlink()
-    (root / "kind-change").mkdir()
-    (root / "small").write_bytes(b"other in the inode")
-    with open(root / "small-grows", "ab") as file:
-        file.write(b"y" * 10_000)
-    with open(root / "sparse", "r+b") as file:
-        os.pwrite(file.fileno(), b"far", 40_000_000)
-    os.truncate(root / "all-hole", 10_000) if (root / "all-hole").exists() else (root / "all-hole").touch()
-    os.truncate(root / "all-hole", 10_000)
-    (root / "empty").touch()
-    (root / "symlink-short").unlink()
-    os.symlink("other", root / "symlink-short")
-    os.symlink("l" * 59, root / "symlink-59")
-    os.symlink("l" * 60, root / "symlink-60")
-    os.mkfifo(root / "fifo-2", 0o640)
-    os.mknod(root / "null", 0o666 | stat.S_IFCHR, os.makedev(1, 3))
-    os.mknod(root / "disk", 0o660 | stat.S_IFBLK, os.makedev(259, 70_000))
-    with socket.socket(socket.AF_UNIX) as listener:
-        directory = os.open(root, os.O_RDONLY)
-        try:
-            listener.bind(f"/proc/self/fd/{directory}/socket")
-        finally:
-            os.close(directory)
-    for name in (b"not-utf8-\xff\xfe", b"new\nline", b" space ", b"-rf", b"x" * 255, "größe".encode()):
-        with open(os.path.join(os.fsencode(root), name), "wb") as file:
-            file.write(name)
-    for number in range(3000, 10_000):
-        (root / "many" / f"entry-{number:05d}-{'x' * 40}").touch()
-    for number in range(0, 3000, 7):
-        (root / "many" / f"entry-{number:05d}-{'x' * 40}").unlink()
-    with open(root / "deep", "r+b") as file:
-        os.pwrite(file.fileno(), b"changed in the middle", 350 * 8192)
-        os.pwrite(file.fileno(), b"more" * 2048, 701 * 8192)
-    with open(root / "short-lived", "wb") as file:
-        file.write(random_bytes.randbytes(3_000_000))
-        os.fsync(file.fileno())
-    (root / "short-lived").unlink()
-    command("chattr", "+d", str(root / "flags"))
-    changed = sorted(path for path in (root / "tree").rglob("*") if path.is_file() and not path.is_symlink())
-    for path in changed[::10]:
-        with open(path, "ab") as file:
-            file.write(b"# one line more\n")
-
-
 @pytest.fixture(scope="module", params=list(FEATURES))
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
     folder = tmp_path_factory.mktemp("ext4")
@@ -172,14 +43,14 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     make_ext4(image, 160 << 20, *FEATURES[features])
     mount_point = folder / "mount"
     with mounted(image, mount_point):
-        fill(mount_point, noise, features)
+        fill(mount_point, noise)
         freeze_copy(mount_point, image, folder / "g1.img")
         with open(mount_point / "open-deleted", "r+b") as held, open(mount_point / "born-deleted", "wb") as born:
             (mount_point / "open-deleted").unlink()
             held.write(b"still written")
             (mount_point / "born-deleted").unlink()
             born.write(noise.randbytes(50_000))
-            change(mount_point, noise, features)
+            change(mount_point, noise, allocates=features != "maps")
             freeze_copy(mount_point, image, folder / "g2.img")
     first = built(folder, None, folder / "g1.img", counter=1)
     second = built(folder, folder / "g1.img", folder / "g2.img", counter=2)
