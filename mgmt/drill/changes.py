@@ -101,8 +101,12 @@ class _Work:
         return min(int(self.generator.lognormvariate(9.2, 1.4)), 1 << 20)
 
     def new_name(self, directory: Path | None = None) -> Path:
-        self.made += 1
-        return (directory or self.generator.choice(self.directories)) / f"drill-{self.made:05}"
+        """Return a name that is not taken, also not by an earlier round of changes."""
+        while True:
+            self.made += 1
+            path = (directory or self.generator.choice(self.directories)) / f"drill-{self.made:05}"
+            if not os.path.lexists(path):
+                return path
 
 
 def _append(work: _Work) -> None:

@@ -211,6 +211,7 @@ class Drill:
         control.kill_service(self.lab, NodeName.NAS1, "agent")
 
     def _kill_node(self) -> None:
+        self._cut_link()  # a machine without power does not say goodbye
         lifecycle.kill(self.lab, NodeName.NAS1)
 
     def _cut_link(self) -> None:

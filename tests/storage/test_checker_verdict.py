@@ -198,6 +198,8 @@ def test_without_a_loss_statement_the_result_must_be_the_target(scene: Scene, se
     assert checker(*argv, served).figures["false_recovered"] >= 2
     with writable(copy(scene.target, tmp_path / "right.img"), tmp_path / "right", scene.filesystem) as right:
         assert checker(*argv, right).status == 0
+        (right / ".landfall-held").touch()
+        assert checker(*argv, right).figures["untouched_differ"] == 1
 
 
 def test_an_image_that_is_one_hole_is_an_empty_base(scene: Scene, served: Path, tmp_path: Path) -> None:

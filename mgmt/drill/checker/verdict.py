@@ -25,7 +25,7 @@ from mgmt.drill.checker.blocks import Arrival, Blocks
 from mgmt.drill.checker.loss import Entry, LossStatement
 from mgmt.drill.checker.trees import Node, Tree
 
-HELD = b".landfall-held"
+_HELD = re.compile(rb"\.landfall-held(-\d+)?(/|$)")  # the number where the volume has that name already
 FIGURES = ("false_recovered", "missed", "untouched_differ", "unlisted_blocks")
 _EXCUSED = re.compile(r"atomic.?set|no.?room", re.IGNORECASE)
 _CONTENT = ("kind", "size", "content", "device")
@@ -102,7 +102,8 @@ class _Judge:
         self.entries: dict[bytes, Entry] = {}  # by identity in the target
         self.gone: dict[bytes, Entry] = {}  # by identity in the base, of what is not in the target
         self.allowed: set[bytes] = set(self.target.nodes) | {b""}
-        self.held_places = [path for path in self.result.nodes if path.startswith(HELD + b"/")]
+        self.held_places = [path for path in self.result.nodes if loss and path not in self.target.nodes and _HELD.match(path)]
+        self.allowed.update(self.held_places)
         self.now_at = {entry.now_at for entry in loss.files if entry.now_at} if loss else set()
 
     def run(self) -> Verdict:
@@ -245,14 +246,20 @@ class _Judge:
             places = [entry.now_at]
         else:
             names = paths or (path,)
-            places = [place for name in names for place in (name, self._place_of(name), HELD + b"/" + name)]
-            places += self.held_places if not before.is_directory else []
-        found = [p for p in places if not differences(before, self.result.nodes.get(p), mtime=not before.is_directory)]
+            places = [place for name in names for place in (name, self._place_of(name))] + self.held_places
+        found = [place for place in places if self._holds(before, place)]
         for place in found:
             while place and place not in self.allowed:
                 self.allowed.add(place)
                 place = os.path.split(place)[0]
         return bool(found)
+
+    def _holds(self, before: Node, place: bytes) -> bool:
+        """Whether the result has the base's version there; a directory may be merged into the target's one of that name."""
+        got = self.result.nodes.get(place)
+        if got and before.is_directory and got.is_directory and place in self.target.nodes:
+            return True
+        return not differences(before, got, mtime=not before.is_directory)
 
     def _place_of(self, path: bytes) -> bytes:
         """Where a base path is now, if a directory above it was renamed."""
@@ -265,7 +272,7 @@ class _Judge:
     def _judge_extra(self) -> None:
         self.allowed |= self.now_at
         for path in self.result.nodes:
-            if path not in self.allowed and path != HELD and not path.startswith(HELD + b"/"):
+            if path not in self.allowed:
                 where = "an old name of the base" if path in self.base.nodes else "in neither generation"
                 self.verdict.add("untouched_differ", path, f"it is {where}")
 
