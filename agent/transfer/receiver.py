@@ -250,15 +250,18 @@ class Receiver:
 
             landing = Landing(dmi, writer, landing_device, base_device, heal)
             stack.callback(landing.close)
+            with self._lock:
+                self._landing = landing  # from here other streams are let in: the source opens them once it knows the state
             first.send(frames.encode(FrameType.DMI_STORED, [digest]))
             state = writer.bits.tobytes()
             for at in range(0, len(state), frames.CHUNK_BYTES):
                 first.send(frames.encode(FrameType.STATE, [state[at : at + frames.CHUNK_BYTES]]))
-            with self._lock:
-                self._landing = landing
-            self._group.start(lambda: self._read(first, landing))
+            self._group.start(lambda: self._read(first, landing), listens=True)
             try:
                 self._record(first, landing, dmi.piece_total)
+            except BaseException as error:
+                self._group.fail(error)
+                raise
             finally:
                 landing.close()
             failpoint("dst.before_verify")
@@ -376,7 +379,7 @@ class Receiver:
             self._first.put(_Admitted(stream, hello))
         else:
             stream.send(frames.encode_welcome(Welcome(dmi_wanted=False, committed=False)))
-            self._group.start(lambda: self._read(stream, landing))
+            self._group.start(lambda: self._read(stream, landing), listens=True)
 
     def _read(self, stream: Stream, landing: Landing) -> None:
         """Take what a stream brings until the source is done."""

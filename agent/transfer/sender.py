@@ -39,7 +39,6 @@ from agent.transfer.rate import RateLimit
 from agent.transfer.stream import HEARTBEAT_S, Stream
 
 _ROWS: Final = 4096
-_LAST_WORD_S: Final = 1.0
 _SAMPLE_BYTES: Final = 64 * 1024
 _PAYS: Final = 0.85
 """Compression pays if what it makes is at most this share of what it is made of."""
@@ -283,10 +282,10 @@ class _Sending:
 
     def _send_pieces(self, first: Stream, work: _Work, generations: _Generations) -> None:
         """Return when every piece is durable on the other side."""
-        self.group.start(partial(self._listen, first, work))
+        self.group.start(partial(self._listen, first, work), listens=True)
         streams = [first, *(self._connect(number)[0] for number in range(1, self._job.streams))]
         for stream in streams[1:]:
-            self.group.start(partial(self._listen, stream, work))
+            self.group.start(partial(self._listen, stream, work), listens=True)
         for stream in streams:
             self._writers.start(partial(self._write, stream, work, generations))
         work.wait()
@@ -319,12 +318,7 @@ class _Sending:
             frame = frames.encode_batch(rows, parts, len(data), data if packed is None else packed, compressed=packed is not None)
             self._rate.spend(sum(map(len, frame)))
             failpoint("src.before_batch")
-            try:
-                stream.send(frame, between=partial(failpoint, "src.within_batch"))
-            except LinkLost:
-                # The other side may have said why; who listens hears it before the end of the connection.
-                self.group.ended.wait(_LAST_WORD_S)
-                raise
+            stream.send(frame, between=partial(failpoint, "src.within_batch"))
             failpoint("src.after_batch")
 
     def _listen(self, stream: Stream, work: _Work) -> None:

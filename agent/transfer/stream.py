@@ -64,14 +64,20 @@ class Stream:
                     _wait(connection, select.POLLIN, deadline, "the handshake")
                 except ssl.SSLWantWriteError:
                     _wait(connection, select.POLLOUT, deadline, "the handshake")
-            check_peer(connection, peer)
         except OSError as error:
             connection.close()
             raise mapped(error, "the handshake") from error
         except BaseException:
             connection.close()
             raise
-        return Stream(connection, silence_limit_s)
+        stream = Stream(connection, silence_limit_s)
+        try:
+            check_peer(connection, peer)
+        except LandfallError as error:
+            stream.complain(error)
+            stream.close()
+            raise
+        return stream
 
     def send(self, frame: Sequence[Buffer], between: Callable[[], None] | None = None) -> None:
         """Send a frame. Waits as long as the peer lives and does not read: its silence is noticed by who receives.
