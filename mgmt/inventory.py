@@ -40,6 +40,7 @@ class Inventory:
     silence_limit_s: float = 10.0  # after which NAS 1 and NAS 2 take each other for gone
     streams: int = 2  # TCP streams of a transfer
     rate_limit_bytes_s: int = 0  # of a transfer; 0: none
+    keep_generations: int = 16  # of each volume, on each node
     resume_attempts: int = 5  # of one `landfall replicate`, while both nodes live
 
     def entry(self, name: str) -> NodeEntry:
@@ -91,6 +92,8 @@ def _check(path: Path, inventory: Inventory) -> None:
             raise ConfigInvalid(f"{where}.ssh_key cannot be read", cause=str(error)) from error
         if mode & 0o077:
             raise ConfigInvalid(f"{where}.ssh_key can be read by others (mode {mode:04o})", fix=f"chmod 600 {node.ssh_key}")
+    if inventory.keep_generations < 2:
+        raise ConfigInvalid(f"{path}: keep_generations must be at least 2: a base and a target")
     limits = ("connect_limit_s", "answer_limit_s", "silence_limit_s", "streams", "resume_attempts")
     for key in limits:
         if getattr(inventory, key) <= 0:

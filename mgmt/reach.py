@@ -214,9 +214,11 @@ class _Conversation:
         return bytes(whole)
 
     def _answer(self, verb: str, limit_s: float) -> dict[str, Any]:
-        while (end := self._buffer.find(b"\n")) < 0:
+        searched = 0
+        while (end := self._buffer.find(b"\n", searched)) < 0:
             if len(self._buffer) > m.MAX_LINE_BYTES:
                 raise ProtocolViolated(f"{self._name} answers a line without an end")
+            searched = len(self._buffer)
             self._buffer += self._more(verb, 1 << 16, limit_s)
         line = bytes(self._buffer[:end])
         del self._buffer[: end + 1]

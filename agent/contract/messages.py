@@ -21,7 +21,8 @@ from agent.contract.errors import RequestRefused
 from agent.contract.identity import FilesystemKind, GenerationId, GenerationKind
 
 PROTOCOL: Final = 1
-MAX_LINE_BYTES: Final = 4 << 20
+MAX_LINE_BYTES: Final = 32 << 20
+"""An update instruction names its files by number: a million of them take 8 MB."""
 
 
 class Differential(StrEnum):

@@ -3,6 +3,7 @@
 site          what operations work on: configuration, catalog, authority, the nodes
 volumes       add a volume, list, lay down its policy, serve it or stop
 notices       notifications fetched, stored, acknowledged
+retention     generations let go
 replication   a generation, its differential, a transfer, resumed while both nodes live; discard
 standing      how a volume stands: both sides' facts, open transfers with their gauge
 salvage       the evidence fetched, determined, the update instruction, the loss statement; undo

@@ -142,8 +142,10 @@ def _unfinished(site: Site, entry: VolumeEntry, transfer: UUID | None) -> m.Tran
         if facts.state in {m.TransferState.RUNNING, m.TransferState.WAITING}:
             raise TransferBusy(f"transfer {facts.id} still runs on {entry.secondary}")
         if facts.state is m.TransferState.SALVAGED:
+            undo_it = f"`landfall salvage {entry.name} --undo` takes it back"
             raise NoSuchTransfer(
-                f"transfer {facts.id} is salvaged already", fix=f"`landfall salvage {entry.name} --undo` takes the salvage back."
+                f"transfer {facts.id} is salvaged already",
+                fix=f"`landfall statement {entry.name}` says what became of its files; {undo_it}.",
             )
     raise NoSuchTransfer(f"{entry.secondary} has no unfinished transfer of volume {entry.name}", fix="There is nothing to salvage.")
 

@@ -117,7 +117,7 @@ def test_A_the_primary_dies_in_the_middle_and_every_whole_file_is_recovered(lab:
             assert statement.generation
             return statement, site.node(NAS2).ask(m.OpenGeneration(statement.generation)).path
 
-    def undo_and_resume(statement: LossStatement) -> run.Replicated:
+    def undo_and_resume(statement: LossStatement) -> tuple[run.Replicated, str]:
         with run.Site(inventory_of(lab)) as site:
             assert statement.generation
             site.node(NAS2).ask(m.CloseGeneration(statement.generation))
@@ -127,7 +127,7 @@ def test_A_the_primary_dies_in_the_middle_and_every_whole_file_is_recovered(lab:
             done = run.replicate(site, name, differential=m.Differential.SEND)
             with pytest.raises(NoSuchTransfer):
                 run.verdicts(site, name)
-            return done
+            return done, site.node(NAS2).ask(m.OpenGeneration(done.target)).path
 
     inside = lab.namespace(MGMT)
     root = within(inside, prepare)
@@ -162,9 +162,10 @@ def test_A_the_primary_dies_in_the_middle_and_every_whole_file_is_recovered(lab:
     assert 0 < counted.count(m.Outcome.RECOVERED) < len(changed)
 
     lifecycle.start_node(lab, NAS1)
-    done = within(inside, lambda: undo_and_resume(statement))
+    done, opened = within(inside, lambda: undo_and_resume(statement))
     assert done.resumed
     assert done.sent.pieces_skipped > 0
+    assert digests(lab, NAS2, opened) == {file: digest(seed, size) for file, (seed, size) in {**base, **changed}.items()}
 
 
 def test_J1_a_node_with_another_host_key_is_not_spoken_to(lab: Lab) -> None:

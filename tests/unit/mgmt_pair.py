@@ -13,7 +13,7 @@ from agent.contract import arrival as arrivals
 from agent.contract import columns
 from agent.contract import messages as m
 from agent.contract.dmi import Change, Dmi
-from agent.contract.errors import LandfallError, NoSuchTransfer
+from agent.contract.errors import DeviceBusy, LandfallError, NoSuchTransfer
 from agent.contract.identity import FilesystemKind, GenerationId, GenerationKind, empty_generation
 from mgmt.inventory import Inventory, NodeEntry
 from mgmt.run import Site
@@ -73,13 +73,19 @@ class Pair:
     def site(self) -> Site:
         """The management node; a second one has the same catalog."""
         entries = tuple(NodeEntry(name, "::1", self.folder / "key", "") for name in ("nas1", "nas2"))
-        inventory = Inventory(state_dir=self.folder / "state", node=entries, silence_limit_s=0.1)
+        inventory = Inventory(state_dir=self.folder / "state", node=entries, silence_limit_s=0.1, keep_generations=3)
         return Site(inventory, {"nas1": self.nas1.node, "nas2": self.nas2.node})
 
     def both(self, node: str) -> dict[type, Callable[..., object]]:
         def discard(asked: m.DiscardTransfer) -> m.Done:
             if self.transfers[node].pop(asked.transfer, None) is None:
                 raise NoSuchTransfer("unknown")
+            return m.Done()
+
+        def drop(asked: m.DropGeneration) -> m.Done:
+            if any(asked.generation in {facts.base, facts.target} for facts in self.transfers[node].values()):
+                raise DeviceBusy("a transfer needs it")
+            self.generations[node] = [facts for facts in self.generations[node] if facts.id != asked.generation]
             return m.Done()
 
         def serve(_: m.ServeVolume) -> m.VolumeFacts:
@@ -97,6 +103,7 @@ class Pair:
         return {
             m.ListTransfers: lambda _: m.Transfers(tuple(self.transfers[node].values())),
             m.DiscardTransfer: discard,
+            m.DropGeneration: drop,
             m.ServeVolume: serve,
             m.StopServing: stop,
             m.ReadOutbox: lambda _: m.Outbox(tuple(self.outbox) if node == "nas2" else ()),
@@ -134,7 +141,7 @@ class Pair:
         return self.facts("nas2")[0]
 
     def take(self, asked: m.TakeGeneration) -> m.Taken:
-        counter = len(self.generations["nas1"]) + 1
+        counter = max((facts.id.counter for facts in self.generations["nas1"]), default=0) + 1
         facts = m.GenerationFacts(GenerationId(asked.volume, 1, counter, f"{counter:032x}"), GenerationKind.FROZEN, counter)
         self.generations["nas1"].append(facts)
         return m.Taken(facts, 1.5)

@@ -52,6 +52,7 @@ def test_relative_paths_start_from_the_files_folder(tmp_path: Path) -> None:
         ('streams = "2"\n', "must be int.*streams"),
         ("streams = true\n", "must be int.*streams"),
         ("streams = 0\n", "streams must be above 0"),
+        ("keep_generations = 1\n", "keep_generations must be at least 2"),
         ("rate_limit_bytes_s = -1\n", "rate_limit_bytes_s"),
         (NODE + "ssh_port = 70000\n", r"node\[0\].ssh_port"),
         (NODE + NODE, "same name"),

@@ -137,6 +137,16 @@ def test_a_transfer_that_was_overtaken_is_forgotten(pair: Pair) -> None:
         assert old.id not in pair.transfers["nas1"]
 
 
+def test_each_node_keeps_the_newest_generations_and_the_empty_one(pair: Pair) -> None:
+    with pair.site() as site:
+        pair.with_volume(site)
+        for _ in range(6):
+            run.replicate(site, "projects")
+        assert [facts.id.counter for facts in pair.generations["nas1"]] == [4, 5, 6]
+        assert [facts.id.counter for facts in pair.generations["nas2"]] == [0, 4, 5, 6]
+        assert run.replicate(site, "projects").base.counter == 6
+
+
 def test_nothing_recorded_yet_is_a_record_of_nothing(pair: Pair) -> None:
     pair.nas2.handlers[m.FetchArrival] = lambda _: b""
     with pair.site() as site:

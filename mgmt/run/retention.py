@@ -1,0 +1,47 @@
+"""Retention: how many generations each node keeps. Only the management node lets one go; a source cannot, nor can a transfer.
+
+What a salvage made is never let go here, nor the empty generation, nor what an open transfer needs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+from agent.contract import messages as m
+from agent.contract.errors import DeviceBusy, NodeUnreachable, TransferBusy
+from agent.contract.identity import GenerationId, GenerationKind
+from mgmt.catalog import VolumeEntry
+from mgmt.run.site import Site
+from mgmt.run.volumes import facts_of
+
+KEPT_KINDS = frozenset({GenerationKind.EMPTY, GenerationKind.SALVAGED})
+
+
+def retain(site: Site, entry: VolumeEntry) -> list[GenerationId]:
+    """Return the generations let go: on each node all but the newest ``keep_generations``.
+
+    A node that does not answer or is busy keeps what it has until the next time.
+    """
+    gone = []
+    for name in (entry.secondary, entry.primary):
+        with contextlib.suppress(NodeUnreachable):
+            gone += _retain_on(site, entry, name)
+    return gone
+
+
+def _retain_on(site: Site, entry: VolumeEntry, name: str) -> list[GenerationId]:
+    node, gone = site.node(name), []
+    held = [facts.id for facts in facts_of(node, entry.id).generations if facts.kind not in KEPT_KINDS]
+    excess = sorted(held, key=lambda found: (found.epoch, found.counter))[: -site.inventory.keep_generations]
+    if not excess:
+        return []
+    committed = [facts for facts in node.ask(m.ListTransfers()).transfers if facts.volume == entry.id]
+    for facts in committed:
+        # The record of a transfer that is long committed would hold its generations for ever.
+        if facts.state is m.TransferState.COMMITTED and not {facts.base, facts.target}.isdisjoint(excess):
+            node.ask(m.DiscardTransfer(facts.id))
+    for generation in excess:
+        with contextlib.suppress(DeviceBusy, TransferBusy):
+            node.ask(m.DropGeneration(generation))
+            gone.append(generation)
+    return gone
