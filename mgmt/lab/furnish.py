@@ -15,7 +15,7 @@ from pathlib import Path
 from agent.contract.errors import CommandFailed, LabMissing
 from agent.system.run import run
 from mgmt.lab.layout import NODE_ROOT, Lab, Marker, NodeName, PoolFilesystem
-from mgmt.lab.loops import POOL_DEVICE, backed_by, number, wait_until_released
+from mgmt.lab.loops import POOL_DEVICE, backed_by, wait_until_released
 
 SYSTEM_MOUNTS = ("/", "/usr", "/etc", "/var", "/opt", "/home", "/root", "/lib", "/bin", "/sbin")
 SYSTEM_TREES = ("/proc", "/sys", "/dev", "/etc")
@@ -103,7 +103,8 @@ def _mount_pool(image: Path, target: Path, filesystem: PoolFilesystem) -> None:
     finally:
         # Detaching a device that is in use makes the kernel detach it with its last user; unmounted, it goes at once.
         run(["losetup", "--detach", loop])
-    (image.parent / POOL_DEVICE).write_text(number(target.stat().st_dev), encoding="ascii")
+    device = target.stat().st_dev
+    (image.parent / POOL_DEVICE).write_text(f"{os.major(device)}:{os.minor(device)}", encoding="ascii")
     if filesystem is PoolFilesystem.BTRFS:
         try:
             run(["chattr", "+C", str(target)])

@@ -8,7 +8,6 @@ thawed. This is done here only where the superblock still lives, so that the dis
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import tempfile
 from collections.abc import Iterable
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from agent.contract.errors import CommandFailed, LabMissing
+from agent.system.block import loop_status
 from agent.system.clock import wait_until
 from agent.system.run import run
 
@@ -26,23 +26,36 @@ POOL_DEVICE = "pool.device"
 
 @dataclass(frozen=True, slots=True)
 class Loop:
-    """A loop device, and the device and inode number of its backing file."""
+    """A loop device, and st_dev and st_ino of its backing file."""
 
     path: str
     number: str
-    backing_device: str
+    backing_device: int
     backing_inode: int
 
 
-def attached() -> list[Loop]:
-    """Return every loop device of the machine that has a backing file."""
-    text = run(["losetup", "--list", "--json", "--output", "NAME,MAJ:MIN,BACK-MAJ:MIN,BACK-INO"]).text
-    entries = json.loads(text)["loopdevices"] if text.strip() else []
-    return [
-        Loop(entry["name"], entry["maj:min"].strip(), entry["back-maj:min"].strip(), int(entry["back-ino"]))
-        for entry in entries
-        if entry["back-maj:min"]  # one that goes while it is listed has lost its file
-    ]
+def attached(file_name: str | None = None) -> list[Loop]:
+    """Return the machine's loop devices that have a backing file (of that name).
+
+    To ask a loop device is to open it, and while it is open it cannot be detached; so others' are asked only where it must be.
+    """
+    found = []
+    for backing_file in sorted(Path("/sys/block").glob("loop*/loop/backing_file")):
+        with contextlib.suppress(OSError):  # it has gone meanwhile
+            name = Path(backing_file.read_text(errors="surrogateescape").rstrip("\n").removesuffix(" (deleted)")).name
+            if file_name is None or name == file_name:
+                device = backing_file.parents[1]
+                found.append(_ask(Path("/dev", device.name), (device / "dev").read_text().strip()))
+    return found
+
+
+def _ask(device: Path, number: str) -> Loop:
+    descriptor = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        status = loop_status(descriptor)
+    finally:
+        os.close(descriptor)
+    return Loop(str(device), number, status.backing_device, status.backing_inode)
 
 
 def backed_by(image: Path) -> list[Loop]:
@@ -50,7 +63,7 @@ def backed_by(image: Path) -> list[Loop]:
     if not image.exists():
         return []
     status = image.stat()
-    return [loop for loop in attached() if (loop.backing_device, loop.backing_inode) == (number(status.st_dev), status.st_ino)]
+    return [loop for loop in attached(image.name) if (loop.backing_device, loop.backing_inode) == (status.st_dev, status.st_ino)]
 
 
 def on_pool(image: Path) -> list[Loop]:
@@ -58,15 +71,15 @@ def on_pool(image: Path) -> list[Loop]:
     pools = backed_by(image)
     if not pools:
         return []
-    devices = {loop.number for loop in pools}
+    devices = {_device(loop.number) for loop in pools}
     with contextlib.suppress(FileNotFoundError):
-        devices.add((image.parent / POOL_DEVICE).read_text(encoding="ascii").strip())
+        devices.add(_device((image.parent / POOL_DEVICE).read_text(encoding="ascii")))
     return [loop for loop in attached() if loop.backing_device in devices] + pools
 
 
-def number(device: int) -> str:
-    """Return a device number as losetup prints it."""
-    return f"{os.major(device)}:{os.minor(device)}"
+def _device(number: str) -> int:
+    major, _, minor = number.partition(":")
+    return os.makedev(int(major), int(minor))
 
 
 def wait_until_released(image: Path, limit_s: float) -> bool:

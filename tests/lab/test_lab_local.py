@@ -62,7 +62,7 @@ class Footprint:
 NOTHING = Footprint()
 
 
-def footprint(lab: Lab, pools: frozenset[tuple[str, int]] = frozenset()) -> Footprint:
+def footprint(lab: Lab, pools: frozenset[tuple[int, int]] = frozenset()) -> Footprint:
     """Return what is there; the identities of the pools' files tell their loop devices when the files have gone."""
     commands = []
     for entry in Path("/proc").iterdir():
@@ -84,9 +84,9 @@ def footprint(lab: Lab, pools: frozenset[tuple[str, int]] = frozenset()) -> Foot
     )
 
 
-def pool_identities(lab: Lab) -> frozenset[tuple[str, int]]:
+def pool_identities(lab: Lab) -> frozenset[tuple[int, int]]:
     images = [lab.pool_image(node) for node in NAS_NODES]
-    return frozenset((loops.number(image.stat().st_dev), image.stat().st_ino) for image in images if image.exists())
+    return frozenset((image.stat().st_dev, image.stat().st_ino) for image in images if image.exists())
 
 
 @pytest.fixture
