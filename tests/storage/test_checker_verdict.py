@@ -224,6 +224,25 @@ def test_I6_two_generations_are_equal_or_not(scene: Scene, tmp_path: Path) -> No
     assert checker("--generation-equal", scene.base, scene.target).document["differing_blocks"] == len(scene.differing)
 
 
+def test_a_running_checker_keeps_nobody_elses_mount_busy(scene: Scene, served: Path, tmp_path: Path) -> None:
+    image = copy(scene.base, tmp_path / "other.img")
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    argv = ["--base", scene.base, "--target", scene.target, "--filesystem", scene.filesystem, "--result", served, "--loss", pipe]
+    with writable(image, tmp_path / "other", scene.filesystem):
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        running = subprocess.Popen(
+            [sys.executable, "-m", "mgmt.drill.checker", *map(str, argv)], env=environment, stderr=subprocess.DEVNULL
+        )
+        with pipe.open("w") as statement:  # opened: the checker waits in its namespace for the statement
+            run("umount", tmp_path / "other")
+            busy = str(image) in loops()
+            statement.write("{}")
+        assert running.wait(60) == 2
+        run("mount", "--bind", tmp_path, tmp_path / "other")
+    assert not busy
+
+
 def test_wrong_use_ends_with_2(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     for argv in (["--base", "x"], ["--generation-equal", str(tmp_path / "a"), str(tmp_path / "b")]):

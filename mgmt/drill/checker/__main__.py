@@ -30,7 +30,7 @@ from mgmt.drill.checker.blocks import differing_blocks, read_arrival
 from mgmt.drill.checker.extents import blocks_of
 from mgmt.drill.checker.loss import LossStatement, read_loss
 from mgmt.drill.checker.smb import choose, read_back
-from mgmt.drill.checker.trees import EMPTY, data_ranges, mounted, read_tree
+from mgmt.drill.checker.trees import EMPTY, data_ranges, let_go_of_mounts, mounted, read_tree
 from mgmt.drill.checker.verdict import Evidence, Verdict, changed_files, judge
 
 _OWN_NAMESPACE = "LANDFALL_CHECKER_NAMESPACE"
@@ -45,7 +45,9 @@ def main(argv: list[str]) -> int:
     if _OWN_NAMESPACE not in os.environ:
         # Our mounts are nobody else's, and go when we do.
         command = ["unshare", "--mount", "--propagation", "private", sys.executable, "-m", "mgmt.drill.checker", *argv]
-        os.execvpe(command[0], command, {**os.environ, _OWN_NAMESPACE: "1"})
+        os.execvpe(command[0], command, {**os.environ, _OWN_NAMESPACE: os.readlink("/proc/self/ns/mnt")})
+    if os.environ[_OWN_NAMESPACE] != os.readlink("/proc/self/ns/mnt"):
+        let_go_of_mounts(asked.base, asked.target, asked.result, asked.loss, asked.dmi, asked.arrival, asked.out)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(2))
     started = time.monotonic()
     try:

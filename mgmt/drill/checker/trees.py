@@ -11,6 +11,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import re
 import stat
 import struct
 import subprocess
@@ -27,6 +28,7 @@ _FSGETXATTR = 0x801C581F
 # What a filesystem sets by itself: encrypted, index, extents, huge, verity, ea_inode, dax, inline data, casefold.
 _INHERENT_FLAGS = 0x800 | 0x1000 | 0x40000 | 0x80000 | 0x100000 | 0x200000 | 0x2000000 | 0x10000000 | 0x40000000
 _AT_EMPTY_PATH = 0x1000
+_MNT_DETACH = 2
 _CHUNK = 1 << 20
 _SPARSE_DIGEST_ABOVE = 16 << 20
 _LIBC = ctypes.CDLL(None, use_errno=True)
@@ -100,6 +102,19 @@ def mounted(image: Path, filesystem: str) -> Iterator[Path]:
             command("umount", str(point))
     finally:
         point.rmdir()
+
+
+def let_go_of_mounts(*needed: Path | None) -> None:
+    """Detach in this namespace, which must be nobody else's, the loop mounts that no ``needed`` path lies on.
+
+    A copy of a mount keeps its device busy after everybody else has unmounted it.
+    """
+    kept = [path.resolve() for path in needed if path]
+    for line in reversed(Path("/proc/self/mountinfo").read_bytes().splitlines()):
+        left, _, right = line.partition(b" - ")
+        point = re.sub(rb"\\([0-7]{3})", lambda code: bytes([int(code.group(1), 8)]), left.split(b" ")[4])
+        if right.split(b" ")[1].startswith(b"/dev/loop") and not any(path.is_relative_to(os.fsdecode(point)) for path in kept):
+            _LIBC.umount2(point, _MNT_DETACH)
 
 
 def command(*argv: str, stdin: bytes = b"") -> str:
