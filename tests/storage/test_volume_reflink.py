@@ -7,7 +7,7 @@ import os
 import subprocess
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from uuid import UUID, uuid4
 
@@ -218,10 +218,9 @@ def fill(path: Path) -> None:
     with open(path, "wb", buffering=0) as file:
         size = 64 << 20
         while size >= 4096:
-            room = os.statvfs(path).f_bavail * 4096
-            with suppress(OSError):
+            try:
                 os.posix_fallocate(file.fileno(), file.seek(0, os.SEEK_END), size)
-            if os.statvfs(path).f_bavail * 4096 == room:
+            except OSError:  # ENOSPC
                 size //= 2
         os.fsync(file.fileno())
 
