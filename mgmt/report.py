@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agent.contract.arrival import ArrivalRecord
-from agent.contract.dmi import Change, Dmi, FileKind, Side
+from agent.contract.closure import needed_pieces
+from agent.contract.dmi import MAX_PIECE_BLOCKS, Change, Dmi, FileKind, Side
 from agent.contract.identity import BLOCK_BYTES, GenerationId
 from agent.contract.messages import Deletions, FileOutcome, Outcome, Salvaged
 from mgmt.determination import OUTCOMES, AtomicSet, BrokenSet, Determination, Reason, members_of
@@ -157,7 +158,7 @@ def state(
         verified_files=salvaged.verified_files if salvaged else 0,
         verified_bytes=salvaged.verified_bytes if salvaged else 0,
         broken_sets=determination.broken_sets,
-        picture=Picture(_by_address(dmi, arrival), _by_send_order(dmi, determination, priorities)),
+        picture=Picture(_by_address(dmi, arrival), _by_send_order(dmi, arrival, priorities)),
         accounts=accounts,
     )
 
@@ -205,27 +206,29 @@ def _totals(accounts: tuple[FileAccount, ...]) -> FileTotals:
 
 def _by_address(dmi: Dmi, arrival: ArrivalRecord) -> tuple[int, ...]:
     """Return the share of changed blocks that arrived, for each equal part of the volume."""
-    cells = (dmi.op_block.astype(np.float64) * CELLS / dmi.head.volume_blocks).astype(np.int64)
-    return _shares(cells, dmi.block_count.astype(np.float64), arrival.complete)
+    blocks = dmi.head.volume_blocks
+    return _shares(dmi.op_block.astype(np.float64), blocks, dmi.block_count.astype(np.float64), arrival.complete)
 
 
-def _by_send_order(dmi: Dmi, determination: Determination, priorities: tuple[tuple[str, int], ...]) -> tuple[int, ...]:
-    """Return the share of pieces that arrived, for each equal part of the files as they are sent: priority, then fewest blocks."""
+def _by_send_order(dmi: Dmi, arrival: ArrivalRecord, priorities: tuple[tuple[str, int], ...]) -> tuple[int, ...]:
+    """Return the share that arrived of the pieces that files need, file after file as they are sent: priority, then fewest blocks."""
     priority = np.zeros(dmi.file_total, dtype=np.int64)
     for prefix, level in sorted(priorities, key=lambda entry: len(entry[0].strip("/"))):
         priority[members_of(dmi, AtomicSet("", (prefix,)))] = level
-    needing = np.flatnonzero(determination.needed)
-    starts = dmi.need_start[:-1][needing].astype(np.intp)
-    blocks = np.where(dmi.target_hole == 0, dmi.block_count, 0).astype(np.uint64)[dmi.need]
-    to_send = np.add.reduceat(blocks, starts) if len(needing) else blocks
-    order = needing[np.lexsort((to_send, -priority[needing]))]
-    needed = determination.needed[order].astype(np.float64)
-    cells = np.arange(len(order)) * CELLS // max(len(order), 1)
-    return _shares(cells, needed, determination.arrived[order] / np.maximum(needed, 1))
+    owner = np.repeat(np.arange(dmi.file_total), needed_pieces(dmi))
+    blocks = np.where(dmi.target_hole == 0, dmi.block_count, 0)[dmi.need].astype(np.float64)
+    to_send = np.bincount(owner, weights=blocks, minlength=dmi.file_total)
+    order = np.lexsort((owner, to_send[owner], -priority[owner]))
+    sent, weight = dmi.need[order], np.maximum(blocks[order], 1)
+    position = np.cumsum(weight) - weight
+    return _shares(position, int(weight.sum()), weight, arrival.complete[sent])
 
 
-def _shares(cells: NDArray[np.int64], weight: NDArray[np.float64], share: NDArray[np.float64] | NDArray[np.bool_]) -> tuple[int, ...]:
-    there = np.bincount(cells, weights=weight, minlength=CELLS)
-    came = np.bincount(cells, weights=weight * share, minlength=CELLS)
+def _shares(position: NDArray[np.float64], length: int, weight: NDArray[np.float64], arrived: NDArray[np.bool_]) -> tuple[int, ...]:
+    """Return per cell the share of ``weight`` that arrived. A cell is no shorter than a piece, so that a long piece leaves no gap."""
+    total = min(CELLS, max(length // MAX_PIECE_BLOCKS, 1))
+    cells = np.minimum((position * total / max(length, 1)).astype(np.int64), total - 1)
+    there = np.bincount(cells, weights=weight, minlength=total)
+    came = np.bincount(cells, weights=weight * arrived, minlength=total)
     mille = np.where(there > 0, np.floor(1000 * came / np.maximum(there, 1)), NOTHING_THERE)
     return tuple(int(value) for value in mille)

@@ -215,8 +215,9 @@ def _lost_table(statement: LossStatement, rows: int) -> RenderableType:
 
 def _bar(name: str, cells: tuple[int, ...], width: int = 64) -> Text:
     """Return a line of blocks, darker where more arrived."""
-    bar = Text(f"{name:>12} ", style="dim")
-    step = max(len(cells) // width, 1)
+    bar = Text()
+    bar.append(f"{name:>12} ", style="dim")
+    step = -(-len(cells) // width)
     for at in range(0, len(cells), step):
         known = [cell for cell in cells[at : at + step] if cell != NOTHING_THERE]
         share = sum(known) / len(known) if known else -1.0

@@ -36,7 +36,7 @@ class LandfallError(Exception):
 
     def __str__(self) -> str:
         because = f" Cause: {self.cause}." if self.cause else ""
-        return f"[{self.code}] {self.message}{because} Fix: {self.fix_now}"
+        return f"[{self.code}] {self.message.rstrip('.')}.{because} Fix: {self.fix_now}"
 
     def to_wire(self) -> dict[str, str]:
         """Return the document that carries this error to another node."""
