@@ -17,7 +17,7 @@ from typing import Final, NoReturn
 from agent.blockio.buffers import aligned
 from agent.contract.errors import DeviceBusy, DeviceFailed
 from agent.contract.identity import BLOCK_BYTES
-from agent.system.blockdev import logical_sector_bytes, punch
+from agent.system.blockdev import logical_sector_bytes, punch, read_only
 
 MAX_VECTOR: Final = 1024
 """Buffers in one preadv (IOV_MAX)."""
@@ -36,9 +36,14 @@ class Device:
         try:
             self.size_bytes = os.lseek(fd, 0, os.SEEK_END)
             self.sector_bytes = logical_sector_bytes(fd)
+            if writable and read_only(fd):
+                raise DeviceFailed(f"{path} cannot be written: it is read-only", fix="Name the writable device.")
         except OSError as error:
             self._fail(error, "looking at", 0, 0)
-        if stat.S_ISBLK(os.fstat(fd).st_mode) and self.size_bytes % self.sector_bytes:
+        is_device = stat.S_ISBLK(os.fstat(fd).st_mode)
+        if is_device and not self.size_bytes:
+            raise DeviceFailed(f"nothing is attached to {path}")
+        if is_device and self.size_bytes % self.sector_bytes:
             raise DeviceFailed(
                 f"{path} ends inside a sector: {self.size_bytes} bytes, sectors of {self.sector_bytes}",
                 fix="Make the device's size a multiple of its sector.",

@@ -1,6 +1,6 @@
 """Facts and acts of block devices (and image files) that Python has no call for.
 
-Sources: include/uapi/linux/fs.h (BLKSSZGET), fallocate(2): punching a hole in a block device zeroes the range or fails, never less.
+Sources: include/uapi/linux/fs.h (BLKSSZGET, BLKROGET), fallocate(2): punching a hole in a block device zeroes the range or fails, never less.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import struct
 from typing import Final
 
 _BLKSSZGET: Final = 0x1268
+_BLKROGET: Final = 0x125E
 _PUNCH_HOLE: Final = 0x02
 _KEEP_SIZE: Final = 0x01
 _LIBC: Final = ctypes.CDLL(None, use_errno=True)
@@ -27,6 +28,15 @@ def logical_sector_bytes(fd: int) -> int:
     raw = bytearray(4)
     fcntl.ioctl(fd, _BLKSSZGET, raw)
     return int(struct.unpack("=i", raw)[0])
+
+
+def read_only(fd: int) -> bool:
+    """Return whether the kernel refuses writes to a block device, which it may let be opened for writing all the same."""
+    if not stat.S_ISBLK(os.fstat(fd).st_mode):
+        return False
+    raw = bytearray(4)
+    fcntl.ioctl(fd, _BLKROGET, raw)
+    return bool(struct.unpack("=i", raw)[0])
 
 
 def punch(fd: int, offset: int, length: int) -> bool:
