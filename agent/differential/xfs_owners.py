@@ -28,7 +28,7 @@ from agent.system import xfs
 from agent.volume.substrate import ChangedRuns
 
 _BATCH: Final = 32768
-_NEAR_BLOCKS: Final = 256
+_NEAR_BLOCKS: Final = 64
 """Changed runs this near to each other are asked for in one call: a record is cheaper than a call."""
 
 _RANK: Final = {Owner.FREE: 1, Owner.JOURNAL: 2, Owner.METADATA: 3, Owner.FILE: 4}
