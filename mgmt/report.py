@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 from uuid import UUID
@@ -133,7 +133,7 @@ def state(
 ) -> LossStatement:
     """Return the account: the verdicts, and where the secondary says otherwise (``salvaged``), its word."""
     said = {found.file: found for found in salvaged.exceptions} if salvaged else {}
-    accounts = tuple(_account(dmi, determination, int(row), said.get(int(row))) for row in determination.reported)
+    accounts = tuple(_accounts(dmi, determination, said))
     complete_blocks = dmi.block_count.astype(np.uint64)[arrival.complete]
     head = dmi.head
     return LossStatement(
@@ -163,32 +163,62 @@ def state(
     )
 
 
-def _account(dmi: Dmi, determination: Determination, row: int, said: FileOutcome | None) -> FileAccount:
-    base, target = (_texts(path for _, path in dmi.names(row, side)) for side in (Side.BASE, Side.TARGET))
-    deleted = bool(dmi.change[row] & Change.DELETED)
-    needed, arrived = int(determination.needed[row]), int(determination.arrived[row])
-    reason = Reason(int(determination.reason[row]))
-    sentence = reason.sentence
-    if reason in {Reason.PIECES_MISSING, Reason.NEW_PIECES_MISSING}:
-        sentence = f"{sentence} ({needed - arrived} of {needed} pieces missing)"
-    return FileAccount(
-        row=row,
-        paths=base if deleted else target,
-        base_paths=() if deleted or base == target else base,
-        kind=FileKind(int(dmi.kind[row])).name.lower(),
-        outcome=said.outcome if said else OUTCOMES[determination.outcome[row]],
-        reason=said.reason if said else sentence,
-        size_bytes=int(dmi.size[row]),
-        digest=dmi.file_digest[row].tobytes().hex(),
-        mtime_ns=int(dmi.mtime_s[row]) * 10**9 + int(dmi.mtime_ns[row]),
-        pieces_needed=needed,
-        pieces_arrived=arrived,
-        found_at=said.path if said else "",
-    )
+def _accounts(dmi: Dmi, determination: Determination, said: Mapping[int, FileOutcome]) -> Iterator[FileAccount]:
+    """Yield an account per reported file. Columns become lists once: a row of an array costs ten times what an entry of a list does."""
+    names = _Names.of(dmi)
+    change, kind, size = dmi.change.tolist(), dmi.kind.tolist(), dmi.size.tolist()
+    mtime_s, mtime_ns = dmi.mtime_s.tolist(), dmi.mtime_ns.tolist()
+    digests = dmi.file_digest.tobytes().hex()
+    outcomes, reasons = determination.outcome.tolist(), determination.reason.tolist()
+    needed, arrived = determination.needed.tolist(), determination.arrived.tolist()
+    for row in determination.reported.tolist():
+        base, target = names.of_file(row)
+        deleted = bool(change[row] & _DELETED)
+        sentence = _SENTENCES[reasons[row]]
+        if reasons[row] in _LACKING:
+            sentence = f"{sentence} ({needed[row] - arrived[row]} of {needed[row]} pieces missing)"
+        word = said.get(row)
+        yield FileAccount(
+            row=row,
+            paths=base if deleted else target,
+            base_paths=() if deleted or base == target else base,
+            kind=_KINDS[kind[row]],
+            outcome=word.outcome if word else OUTCOMES[outcomes[row]],
+            reason=word.reason if word else sentence,
+            size_bytes=size[row],
+            digest=digests[32 * row : 32 * row + 32],
+            mtime_ns=mtime_s[row] * 10**9 + mtime_ns[row],
+            pieces_needed=needed[row],
+            pieces_arrived=arrived[row],
+            found_at=word.path if word else "",
+        )
 
 
-def _texts(paths: Iterable[bytes]) -> tuple[str, ...]:
-    return tuple(path.decode("utf-8", "surrogateescape") for path in paths)
+_DELETED: Final = int(Change.DELETED)
+_SENTENCES: Final = {int(reason): reason.sentence for reason in Reason}
+_LACKING: Final = frozenset({int(Reason.PIECES_MISSING), int(Reason.NEW_PIECES_MISSING)})
+_KINDS: Final = {int(kind): kind.name.lower() for kind in FileKind}
+
+
+@dataclass(frozen=True, slots=True)
+class _Names:
+    """The names of a DMI as lists."""
+
+    first: list[int]
+    side: list[int]
+    start: list[int]
+    paths: bytes
+
+    @staticmethod
+    def of(dmi: Dmi) -> _Names:
+        return _Names(dmi.name_start.tolist(), dmi.name_side.tolist(), dmi.name_path_start.tolist(), dmi.paths.tobytes())
+
+    def of_file(self, row: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Return the paths of a file in the base and in the target."""
+        sides: tuple[list[str], list[str]] = ([], [])
+        for name in range(self.first[row], self.first[row + 1]):
+            sides[self.side[name]].append(self.paths[self.start[name] : self.start[name + 1]].decode("utf-8", "surrogateescape"))
+        return tuple(sides[Side.BASE]), tuple(sides[Side.TARGET])
 
 
 def _totals(accounts: tuple[FileAccount, ...]) -> FileTotals:
