@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime
 import secrets
 import stat
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Final
@@ -44,7 +44,7 @@ class Passes:
 
     sender: TlsMaterial
     receiver: TlsMaterial
-    token: str  # single use
+    token: str = field(repr=False)  # single use
 
 
 def uri(node: str, side: Side) -> str:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NoReturn
+from typing import TYPE_CHECKING, Final, NoReturn
 from uuid import UUID
 
 import click
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from mgmt.determination import AtomicSet
     from mgmt.inventory import Inventory
     from mgmt.report import LossStatement
-    from mgmt.run import Site, Standing
+    from mgmt.run import Site
 
 DEFAULT_CONFIG: Final = Path("/etc/landfall/landfall.toml")
 LAB_CONFIG: Final = Path("mgmt/etc/landfall.toml")
@@ -321,16 +321,17 @@ def replicate(place: Place, volume: str, differential: str, streams: int | None,
 def status(place: Place, volume: str | None, as_json: bool) -> None:
     """Show how volumes stand, and what a salvage would bring if the primary died now."""
     from mgmt import run
+    from mgmt.standing import document, sheets
     from mgmt.terminal import show, show_json
 
     with place.site() as site:
         names = [volume] if volume else [entry.name for entry in run.list_volumes(site)]
         found = [run.standing(site, name) for name in names]
     if as_json:
-        show_json([_standing_document(standing) for standing in found])
+        show_json([document(standing) for standing in found])
         return
     for standing in found:
-        show(_standing_sheets(standing))
+        show(sheets(standing))
 
 
 @landfall.command()
@@ -550,59 +551,6 @@ def _write_page(statement: LossStatement, path: Path | None) -> None:
     if path is not None:
         path.write_text(to_html(statement), encoding="utf-8")
         say(f"The loss statement is in {path}.")
-
-
-def _standing_document(standing: Standing) -> dict[str, Any]:
-    from mgmt.run import gauge_of
-
-    transfers = [{**to_document(facts), "gauge": to_document(gauge_of(facts))} for facts in standing.open_transfers]
-    return {**to_document(standing), "open_transfers": transfers, "sentence": standing.sentence}
-
-
-def _standing_sheets(standing: Standing) -> list[Any]:
-    from mgmt.run import gauge_of
-    from mgmt.terminal import Sheet
-    from mgmt.view import bytes_words, moment
-
-    entry, nodes = standing.volume, []
-    for view in (standing.primary, standing.secondary):
-        facts = view.facts
-        if facts is None:
-            nodes.append((entry.name, view.node, "-", "-", "-", "-", view.problem or "does not hold it"))
-            continue
-        newest = facts.generations[-1] if facts.generations else None
-        nodes.append(
-            (
-                entry.name,
-                view.node,
-                facts.role.value,
-                facts.state.value,
-                f"{newest.id.name} ({newest.kind})" if newest else "-",
-                moment(newest.taken_ns) if newest else "-",
-                f"serves {facts.mount_point}" if facts.serving else "",
-            )
-        )
-    sheets = [
-        Sheet(("volume", "node", "role", "state", "newest generation", "taken", ""), tuple(nodes), f"{entry.name}: {standing.sentence}.")
-    ]
-    if standing.open_transfers:
-        rows = tuple(
-            (
-                str(facts.id),
-                facts.state.value,
-                f"{facts.base.name} to {facts.target.name}",
-                f"{bytes_words(facts.bytes_arrived)} of {bytes_words(facts.bytes_total)}",
-                gauge_of(facts).sentence,
-            )
-            for facts in standing.open_transfers
-        )
-        sheets.append(Sheet(("open transfer", "state", "generations", "arrived", "if the primary died now"), rows))
-    if standing.pending:
-        said = tuple(
-            (seen.node, seen.notification.kind, moment(seen.notification.at_ns), seen.notification.message) for seen in standing.pending
-        )
-        sheets.append(Sheet(("node", "notification", "at", "message"), said))
-    return sheets
 
 
 def _first_sentence(kind: type[LandfallError]) -> str:

@@ -298,7 +298,7 @@ class ReceiveTransfer:
     target: GenerationId
     differential: Differential
     streams: int
-    token: str
+    token: str = field(repr=False)
     tls: TlsMaterial
     silence_limit_s: float = 10.0
 
@@ -318,7 +318,7 @@ class SendTransfer:
     port: int
     differential: Differential
     streams: int
-    token: str
+    token: str = field(repr=False)
     tls: TlsMaterial
     silence_limit_s: float = 10.0
     rate_limit_bytes_s: int = 0  # 0: none

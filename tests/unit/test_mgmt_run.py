@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import traceback
 from pathlib import Path
 from uuid import UUID
 
@@ -154,6 +155,23 @@ def test_nothing_recorded_yet_is_a_record_of_nothing(pair: Pair) -> None:
         assert [row.paths for row in run.verdicts(site, "projects").statement.accounts if row.outcome is m.Outcome.RECOVERED] == [
             ("inline",)
         ]
+
+
+def test_J13_neither_keys_nor_tokens_are_shown(pair: Pair, capfd: pytest.CaptureFixture[str]) -> None:
+    pair.fails = [lose(LinkLost)]
+    with pair.site() as site:
+        pair.with_volume(site)
+        with pytest.raises(LinkLost) as caught:
+            run.replicate(site, "projects", attempts=1)
+        asked = [*pair.nas1.said(m.SendTransfer), *pair.nas2.said(m.ReceiveTransfer)]
+        shown = "".join(map(repr, asked)) + "".join(traceback.format_exception(caught.value)) + "".join(capfd.readouterr())
+        assert len(asked) == 2
+        for order in asked:
+            assert order.token not in shown
+            assert order.tls.key_pem not in shown
+            assert "PRIVATE KEY" not in shown
+    kept = b"".join(path.read_bytes() for path in pair.folder.rglob("catalog*"))
+    assert all(order.token.encode() not in kept for order in asked)
 
 
 def failed(pair: Pair, site: run.Site) -> None:
