@@ -185,7 +185,7 @@ class _Application:
         if ending.damage:
             self.done.excluded[row] = FileOutcome(row, Outcome.DAMAGED, ending.damage)
             return
-        if self._try(row, lambda: self._attribute(fd, row), fd):
+        if self._try(row, lambda: inode.finish(fd, self.dmi, row), fd) and self._try(row, lambda: self._attribute(fd, row), fd):
             self.done.contents[row] = ending.digest
             self.done.bytes_stored += ending.length_bytes
             self._count(row)

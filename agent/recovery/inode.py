@@ -37,15 +37,26 @@ def make(dmi: Dmi, row: int, directory_fd: int, name: bytes) -> None:
 
 def prepare(fd: int, dmi: Dmi, row: int, *, fresh: bool) -> None:
     """Give a regular file its size and its holes; what is written afterwards makes it whole. The old tail is gone for good."""
-    size = int(dmi.size[row])
-    if not fresh and dmi.payload_of(row):
-        os.ftruncate(fd, 0)
-    os.ftruncate(fd, size)
     if fresh:
+        os.ftruncate(fd, int(dmi.size[row]))
         return
+    if dmi.payload_of(row):
+        os.ftruncate(fd, 0)
+        return
+    if os.fstat(fd).st_size < min(BLOCK_BYTES, int(dmi.size[row])):
+        # Linux 6.18 loses what is written to a file whose content lives in its ext4 inode if it was grown by ftruncate before;
+        # punching a hole gives it blocks.
+        punch(fd, 0, BLOCK_BYTES)
+    os.ftruncate(fd, int(dmi.size[row]))
     for offset, length in hole_ranges(dmi, row):
         for begin, end in _data_within(fd, offset, offset + length):
             _zero(fd, begin, end)
+
+
+def finish(fd: int, dmi: Dmi, row: int) -> None:
+    """Give a regular file whose content is written its size, if it does not have it yet."""
+    if os.fstat(fd).st_size != int(dmi.size[row]):
+        os.ftruncate(fd, int(dmi.size[row]))
 
 
 def write_changed(fd: int, offset: int, data: memoryview) -> None:

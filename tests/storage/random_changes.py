@@ -10,6 +10,7 @@ from pathlib import Path
 
 from agent.contract.identity import FilesystemKind
 from agent.system import attributes
+from agent.system.blockdev import punch
 
 NAMES = (b"a", b"b", b"c", b"d", b"e", b"f", b"g", b"h", b"\xff\xfe", b"line\nfeed", "naïve".encode(), b"n" * 255, b".dot", b"..a")
 
@@ -28,8 +29,9 @@ class Changes:
     def change(self, steps: int) -> None:
         """Changes it in every way that trees change."""
         acts = (
-            self.make_file, self.make_folder, self.make_odd, self.link, self.rewrite, self.append, self.truncate, self.punch, self.attribute,
-            self.delete, self.delete, self.delete_tree, self.rename, self.rename, self.swap, self.safe_save, self.replace, self.remake_folder,
+            self.make_file, self.make_folder, self.make_odd, self.link, self.rewrite, self.append, self.truncate, self.punch,
+            self.attribute, self.delete, self.delete, self.delete_tree, self.rename, self.rename, self.swap, self.safe_save,
+            self.replace, self.remake_folder,
         )  # fmt: skip
         for _ in range(steps):
             self._act(self.chance.choice(acts))
@@ -111,8 +113,6 @@ class Changes:
         path = self._file()
         size = os.stat(path).st_size
         with open(path, "r+b") as file:
-            from agent.system.blockdev import punch
-
             punch(file.fileno(), size // 3, max(size // 2, 1))
 
     def attribute(self) -> None:

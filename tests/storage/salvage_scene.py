@@ -216,8 +216,8 @@ class Scene:
             return walk(root)
 
     def bytes_of(self, generation: GenerationFacts) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        with self.substrate.reading(generation.id) as device:
-            return np.fromfile(device, np.uint8).reshape(-1, BLOCK_BYTES)
+        """The generation's blocks, read when they are looked at; its image is immutable."""
+        return np.memmap(self.substrate._image(generation.id), np.uint8, "r").reshape(-1, BLOCK_BYTES)
 
     def build(self) -> Built:
         return build(self)

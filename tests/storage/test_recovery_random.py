@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from agent.contract.dmi import FileKind
 from agent.contract.identity import FilesystemKind
 from agent.contract.messages import Deletions
-from tests.storage.conformance import pool_on
+from tests.storage import recovery_fixtures
 from tests.storage.random_changes import Changes
+from tests.storage.recovery_fixtures import MakeScene
 from tests.storage.salvage_model import compare, expected
-from tests.storage.salvage_scene import Built, Scene
+from tests.storage.salvage_scene import Built
 
-SEEDS = range(int(os.environ.get("LANDFALL_SEED", "0")), int(os.environ.get("LANDFALL_SEED", "0")) + int(os.environ.get("LANDFALL_SEEDS", "4")))
+make_scene = recovery_fixtures.make_scene
+pool = recovery_fixtures.pool
 
-
-@pytest.fixture(scope="module")
-def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    with pool_on("xfs", tmp_path_factory.mktemp("pool")) as mount_point:
-        yield mount_point
+FIRST = int(os.environ.get("LANDFALL_SEED", "0"))
+SEEDS = range(FIRST, FIRST + int(os.environ.get("LANDFALL_SEEDS", "4")))
 
 
 def torn(built: Built, chance: random.Random) -> list[int]:
@@ -38,13 +35,11 @@ def torn(built: Built, chance: random.Random) -> list[int]:
 
 @pytest.mark.parametrize("kind", list(FilesystemKind))
 @pytest.mark.parametrize("seed", SEEDS)
-def test_I3_I4_I5_a_random_part_of_random_changes(pool: Path, tmp_path: Path, kind: FilesystemKind, seed: int) -> None:
+def test_I3_I4_I5_a_random_part_of_random_changes(make_scene: MakeScene, kind: FilesystemKind, seed: int) -> None:
     chance = random.Random(seed)
-    scene = Scene(pool, kind, tmp_path)
+    scene = make_scene(kind)
     from_nothing = seed % 4 == 3
-    scene.change(lambda root: Changes(root, chance, kind).grow(60)) if from_nothing else scene.fill(
-        lambda root: Changes(root, chance, kind).grow(60)
-    )
+    (scene.change if from_nothing else scene.fill)(lambda root: Changes(root, chance, kind).grow(60))
     if not from_nothing:
         scene.change(lambda root: Changes(root, chance, kind).change(50))
     built = scene.build()
@@ -55,4 +50,3 @@ def test_I3_I4_I5_a_random_part_of_random_changes(pool: Path, tmp_path: Path, ki
     whole = {identity for identity, row in built.rows.items() if row in job.instruction.files}
     hold = deletions is Deletions.HOLD and not job.instruction.complete
     assert compare(tree, expected(built.base, built.target, whole, hold=hold)) == []
-    scene.remove()

@@ -3,28 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from agent.contract.identity import FilesystemKind
 from agent.contract.messages import Deletions
-from tests.storage.conformance import pool_on
+from tests.storage import recovery_fixtures
 from tests.storage.salvage_scene import Scene
 
-
-@pytest.fixture(scope="module")
-def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    with pool_on("xfs", tmp_path_factory.mktemp("pool")) as mount_point:
-        yield mount_point
-
-
-@pytest.fixture(params=list(FilesystemKind))
-def scene(request: pytest.FixtureRequest, pool: Path, tmp_path: Path) -> Iterator[Scene]:
-    made = Scene(pool, request.param, tmp_path)
-    yield made
-    made.remove()
+make_scene = recovery_fixtures.make_scene
+pool = recovery_fixtures.pool
+scene = recovery_fixtures.scene
 
 
 def fill(root: Path) -> None:
@@ -72,7 +61,7 @@ def test_H11_H12_a_part_that_arrived_is_recovered_and_the_rest_is_the_bases(scen
     scene.change(change)
     built = scene.build()
     missing = [built.pieces(path)[-1] for path in (b"torn", b"e/new torn", b"safe")]
-    result, tree = scene.salvaged(scene.job(built, scene.land(built, missing), deletions=deletions))
+    _, tree = scene.salvaged(scene.job(built, scene.land(built, missing), deletions=deletions))
     wanted = built.target.facts()
     del wanted[b"e/new torn"]
     wanted[b"torn"], wanted[b"safe"] = built.base.node(b"torn"), built.base.node(b"safe")
