@@ -25,6 +25,7 @@ _LIBC: Final = ctypes.CDLL(None, use_errno=True)
 _LOOP_CLR_FD: Final = 0x4C01
 _LOOP_GET_STATUS64: Final = 0x4C05
 _LOOP_CONFIGURE: Final = 0x4C0A
+_LOOP_CTL_ADD: Final = 0x4C80
 _LOOP_CTL_GET_FREE: Final = 0x4C82
 _LOOP_INFO64: Final = struct.Struct("<QQQQQIIII64s64s32sQQ")
 _LOOP_CONFIG_HEAD: Final = struct.Struct("<II")
@@ -116,6 +117,11 @@ class BtrfsChunk:
 def free_loop_number(control_fd: int) -> int:
     """Return the number of a loop device nobody has bound, made if need be; another process may bind it first (loop(4))."""
     return fcntl.ioctl(control_fd, _LOOP_CTL_GET_FREE)
+
+
+def add_loop(control_fd: int, number: int) -> None:
+    """Make a loop device of this number (LOOP_CTL_ADD, loop(4)); EEXIST if there is one."""
+    fcntl.ioctl(control_fd, _LOOP_CTL_ADD, number)
 
 
 def configure_loop(loop_fd: int, image_fd: int, flags: LoopFlag, sector_bytes: int) -> None:

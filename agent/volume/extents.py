@@ -37,14 +37,16 @@ def changed_runs(base: ExtentMap, target: ExtentMap) -> ChangedRuns:
     Unwritten extents read as zeros and count as holes. Inside a run the base's addresses ascend with the blocks, and the target has data
     throughout or nowhere. LayoutUnsupported where an extent has no plain address (compressed, inline, unaligned).
     """
-    base_first, base_end, base_at = _written(base)
-    target_first, target_end, target_at = _written(target)
-    cuts = np.unique(np.concatenate((base_first, base_end, target_first, target_end)))
-    first, end = cuts[:-1], cuts[1:]
-    before = _addresses(first, base_first, base_end, base_at)
-    after = _addresses(first, target_first, target_end, target_at)
-    differs = before != after
-    return _merged(first[differs], end[differs], before[differs], after[differs] == np.uint64(HOLE))
+    first, end, before, after = _differing(base, target)
+    return _merged(first, end, before, after == np.uint64(HOLE))
+
+
+def changed_ranges(one: ExtentMap, other: ExtentMap) -> tuple[U64, U64]:
+    """Return (first, blocks) of the ranges in which two maps have different addresses, neighbours joined."""
+    first, end, _, _ = _differing(one, other)
+    heads = np.concatenate((np.ones(min(1, len(first)), np.bool_), first[1:] != end[:-1]))
+    tails = np.concatenate((heads[1:], np.ones(min(1, len(first)), np.bool_)))
+    return first[heads], end[tails] - first[heads]
 
 
 def on_device(runs: ChangedRuns, chunks: tuple[BtrfsChunk, ...]) -> ChangedRuns:
@@ -78,6 +80,18 @@ def on_device(runs: ChangedRuns, chunks: tuple[BtrfsChunk, ...]) -> ChangedRuns:
         raise LayoutUnsupported("an extent lies outside btrfs's chunks", cause="the pool is being balanced", fix="Wait for the balance.")
     physical: U64 = np.where(is_hole, np.uint64(HOLE), begin - chunk_start + places[np.maximum(chunk, 0)])
     return ChangedRuns(runs.first[row] + (begin - at), end - begin, physical, runs.target_hole[row])
+
+
+def _differing(base: ExtentMap, target: ExtentMap) -> tuple[U64, U64, U64, U64]:
+    """Return (first, end, address in the base, address in the target) of the stretches whose addresses differ."""
+    base_first, base_end, base_at = _written(base)
+    target_first, target_end, target_at = _written(target)
+    cuts = np.unique(np.concatenate((base_first, base_end, target_first, target_end)))
+    first, end = cuts[:-1], cuts[1:]
+    before = _addresses(first, base_first, base_end, base_at)
+    after = _addresses(first, target_first, target_end, target_at)
+    differs = before != after
+    return first[differs], end[differs], before[differs], after[differs]
 
 
 def _written(extents: ExtentMap) -> tuple[U64, U64, U64]:

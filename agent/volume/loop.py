@@ -14,6 +14,7 @@ import errno
 import fcntl
 import os
 import stat
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,11 +24,14 @@ from agent.contract.errors import DeviceBusy, DeviceFailed, KernelLacks, NotOurs
 from agent.system import block
 from agent.system.block import LoopFlag
 from agent.system.clock import wait_until
+from agent.system.clock import monotonic_s
 from agent.system.failpoint import failpoint
 
 _LOOP_MAJOR: Final = 7
 _CONTROL_MINOR: Final = (10, 237)
-_ATTEMPTS: Final = 1000
+_UDEV_CONTROL: Final = Path("/run/udev/control")
+_UDEV_GRACE_S: Final = 2.0
+_ATTEMPTS: Final = 200
 _GRACE_S: Final = 2.0
 _LOST_RACE: Final = (errno.EBUSY, errno.ENXIO, errno.ENODEV, errno.ENOENT)
 
@@ -69,18 +73,16 @@ def open_image(image: Path, *, writable: bool = False) -> int:
 def lock(image_fd: int, image: Path, *, exclusive: bool) -> None:
     """Lock an open image until its last reference goes: one writer or many readers, DeviceBusy otherwise.
 
-    A binding that just ended may be held for a moment by whoever looks at all block devices (losetup, blkid), so it is waited for.
+    Where udev runs it opens every device for a moment after a change, which keeps a device just let go of alive; that is waited for.
     """
-
-    def locked() -> bool:
+    until = monotonic_s() + (_UDEV_GRACE_S if _UDEV_CONTROL.exists() else 0.0)
+    while True:
         try:
-            fcntl.flock(image_fd, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
-
-    if not wait_until(locked, _GRACE_S):
-        raise DeviceBusy(f"{image.name} is attached or being worked on by somebody else", cause=str(image))
+            return fcntl.flock(image_fd, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            if monotonic_s() >= until:
+                raise DeviceBusy(f"{image.name} is attached or being worked on by somebody else", cause=str(image)) from error
+        threading.Event().wait(0.02)
 
 
 def backs(device: Path, image: Path) -> bool:
@@ -113,9 +115,10 @@ def _bind(image_fd: int, image: Path, writable: bool, sector_bytes: int, devices
     """Return an open, bound and checked loop device. GET_FREE only names a candidate: whoever loses the race asks again."""
     flags = LoopFlag.AUTOCLEAR | LoopFlag.DIRECT_IO | (LoopFlag(0) if writable else LoopFlag.READ_ONLY)
     control_fd = _open_control(devices)
+    refused: dict[int, OSError] = {}
     try:
         for _ in range(_ATTEMPTS):
-            number = block.free_loop_number(control_fd)
+            number = _candidate(control_fd, refused)
             device = node(_LOOP_MAJOR, number, devices / f"loop{number}")
             device_fd = -1
             try:
@@ -125,6 +128,7 @@ def _bind(image_fd: int, image: Path, writable: bool, sector_bytes: int, devices
                 if device_fd >= 0:
                     os.close(device_fd)
                 if error.errno in _LOST_RACE:
+                    refused[number] = error
                     continue
                 raise DeviceFailed(f"cannot attach {image.name}", cause=f"{device} over {image}: {error}") from error
             try:
@@ -135,7 +139,17 @@ def _bind(image_fd: int, image: Path, writable: bool, sector_bytes: int, devices
             return device_fd, device
     finally:
         os.close(control_fd)
-    raise DeviceBusy("no loop device could be had: others took each one first")
+    raise DeviceBusy("no loop device could be had: others took each one first", cause=f"{list(refused.items())[-1:]}")
+
+
+def _candidate(control_fd: int, refused: dict[int, OSError]) -> int:
+    """Return a loop device to try: a free one, or a new one if the free one was refused before (somebody claims it without binding it)."""
+    number = block.free_loop_number(control_fd)
+    while number in refused:
+        number += 1
+        with suppress(FileExistsError):
+            block.add_loop(control_fd, number)
+    return number
 
 
 def _open_control(devices: Path) -> int:

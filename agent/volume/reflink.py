@@ -38,11 +38,12 @@ from agent.contract.messages import GenerationFacts, Role
 from agent.system import block, files
 from agent.system.failpoint import failpoint
 from agent.volume import extents
-from agent.volume.freeze import frozen, thaw_if_frozen
+from agent.volume.freeze import frozen, sync_mounted, thaw_if_frozen
 from agent.volume.loop import attach, backs, lock, open_image
 from agent.volume.mounts import mount_on, mounts
 from agent.volume.pool import Pool, said_plainly
 from agent.volume.records import read_record, write_record
+from agent.volume.snapshot import catch_up, clone_ahead
 from agent.volume.substrate import ChangedRuns, VolumeRecord, Workspace
 
 
@@ -172,11 +173,13 @@ class ReflinkSubstrate:
                     block.clone(source, clone)
                 else:
                     _refuse_other_mount(mount_point, operational)
-                    os.fsync(source)
+                    sync_mounted(mount_point)
+                    with _opened(self._image(self.generations(volume)[-1].id)) as newest:
+                        clone_ahead(source, clone, newest)
                     failpoint("substrate.take.before_freeze")
                     with frozen(mount_point) as freeze:
                         failpoint("substrate.take.frozen")
-                        block.clone(source, clone)
+                        catch_up(source, clone)
                     milliseconds = freeze.milliseconds
                     failpoint("substrate.take.after_thaw")
                 _refuse_size(clone, record, new)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -11,7 +13,7 @@ from agent.contract.dmi import HOLE
 from agent.contract.errors import LayoutUnsupported
 from agent.contract.identity import BLOCK_BYTES
 from agent.system.block import BtrfsChunk, ExtentFlag, ExtentMap
-from agent.volume.extents import changed_runs, on_device
+from agent.volume.extents import changed_ranges, changed_runs, on_device
 from agent.volume.substrate import ChangedRuns
 
 Extent = tuple[int, int, int, int]  # first block, address, blocks, flags
@@ -74,6 +76,16 @@ def maps(draw: st.DrawFn) -> list[Extent]:
 @given(maps(), maps())
 def test_the_difference_is_exact(base: list[Extent], target: list[Extent]) -> None:
     assert rows(changed_runs(extent_map(base), extent_map(target))) == model(base, target)
+
+
+@given(maps(), maps())
+def test_ranges_cover_the_difference_and_are_joined(base: list[Extent], target: list[Extent]) -> None:
+    first, blocks = changed_ranges(extent_map(base), extent_map(target))
+    ranges = list(zip(first.tolist(), blocks.tolist(), strict=True))
+    assert [at + n for at, count in ranges for n in range(count)] == [
+        at + n for at, count, _, _ in model(base, target) for n in range(count)
+    ]
+    assert all(at + count < following for (at, count), (following, _) in pairwise(ranges))
 
 
 @given(maps())
