@@ -27,6 +27,8 @@ Route = Callable[[str, int], tuple[str, int]]
 OPEN_STATES = frozenset({m.TransferState.BUILDING, m.TransferState.WAITING, m.TransferState.RUNNING, m.TransferState.INTERRUPTED})
 FIRST_PAUSE_S = 0.5
 LONGEST_PAUSE_S = 8.0
+BUSY_LIMIT_S = 75.0
+"""A little longer than an agent listens for a peer that does not come."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +168,11 @@ def _continued(site: Site, entry: VolumeEntry) -> _Order | None:
         )
     unfinished = {facts.id for facts in received if facts.state in OPEN_STATES}
     sending = [facts for facts in primary.ask(m.ListTransfers()).transfers if facts.volume == entry.id and facts.sending]
+    for facts in sending:
+        if facts.state is m.TransferState.RUNNING:
+            raise TransferBusy(
+                f"{entry.primary} is sending transfer {facts.id} now", fix="Wait for it; `landfall status` shows how far it is."
+            )
     for facts in sorted(sending, key=lambda found: found.target.counter, reverse=True):
         ready = facts.state in OPEN_STATES - {m.TransferState.BUILDING}
         if ready and facts.id in (unfinished or {facts.id}) and facts.target in there and facts.base in here and facts.target not in here:
@@ -248,17 +255,26 @@ class _PrimaryGone(Exception):
 
 
 def _until_committed(session: _Session, attempts: int) -> tuple[m.Sent, int]:
-    """Return what the last session sent and how many it took. The class of an error alone decides whether there is another."""
-    pause_s = FIRST_PAUSE_S
-    for number in range(1, attempts + 1):
+    """Return what the last session sent and how many it took. The class of an error alone decides whether there is another.
+
+    A secondary that is busy with the session before has to notice first that nobody comes: that is waited for and is no session.
+    """
+    number, pause_s = 1, FIRST_PAUSE_S
+    busy_until = monotonic_s() + BUSY_LIMIT_S
+    while True:
         try:
             return session.run(), number
         except _PrimaryGone as gone:
             raise gone.reason from gone
+        except TransferBusy as error:
+            own = number > 1 or session.order.resumed
+            if not own or monotonic_s() > busy_until:
+                raise
+            session.tell(session.entry.secondary, m.Progress(f"waiting: {error.code}", 0, 0))
         except LandfallError as error:
             if error.retry not in {Retry.RECONNECT, Retry.LATER} or number == attempts:
                 raise
             session.tell(session.entry.secondary, m.Progress(f"waiting to resume: {error.code}", number, attempts))
+            number, busy_until = number + 1, monotonic_s() + BUSY_LIMIT_S
         threading.Event().wait(pause_s)
         pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
-    raise AssertionError("a loop that returns or raises ended")

@@ -92,6 +92,33 @@ def test_D_resuming_is_bounded_and_the_next_order_goes_on(pair: Pair) -> None:
         assert [said.kind for said in pair.outbox] == ["reception-failure"] * 2
 
 
+def test_a_secondary_that_still_waits_for_the_session_before_is_waited_for(pair: Pair) -> None:
+    receive, busy = pair.nas2.handlers[m.ReceiveTransfer], [False, True, True, False]
+
+    def listen(asked: m.ReceiveTransfer) -> m.Listening:
+        if busy.pop(0):
+            raise TransferBusy("it still listens")
+        found: m.Listening = receive(asked)
+        return found
+
+    pair.nas2.handlers[m.ReceiveTransfer] = listen
+    pair.fails = [lose(LinkLost), None]
+    with pair.site() as site:
+        pair.with_volume(site)
+        assert run.replicate(site, "projects", attempts=2).sessions == 2
+
+
+def test_K5_a_second_order_is_told_that_the_volume_is_busy(pair: Pair) -> None:
+    with pair.site() as site:
+        pair.with_volume(site)
+        first = run.replicate(site, "projects")
+        running = pair.transfer(UUID(int=9), first.base, first.target, sending=True, state=S.RUNNING)
+        pair.transfers["nas1"][running.id] = running
+        with pytest.raises(TransferBusy, match="is sending"):
+            run.replicate(site, "projects")
+        assert len(pair.nas1.said(m.TakeGeneration)) == 1
+
+
 def test_an_error_whose_class_forbids_it_is_not_retried(pair: Pair) -> None:
     pair.fails = [lose(PeerRefused)]
     with pair.site() as site:
