@@ -1,0 +1,54 @@
+"""One prepared differential per filesystem, for all fault tests of a run."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from agent.contract.identity import FilesystemKind
+from mgmt.authority import Authority
+from tests.faults.case import Case, prepare
+from tests.faults.rig import Pool, pool
+
+FILES = 300
+
+
+@pytest.fixture(scope="session")
+def pools() -> Iterator[tuple[Pool, Pool]]:
+    """Yield two pools, NAS 1's and NAS 2's, gone afterwards. Their paths are short: a socket's address must fit."""
+    folder = Path(tempfile.mkdtemp(prefix="lf-"))
+    try:
+        with ExitStack() as stack:
+            yield stack.enter_context(pool(folder / "1")), stack.enter_context(pool(folder / "2"))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    """Return a certificate authority."""
+    return Authority(tmp_path_factory.mktemp("authority"))
+
+
+@pytest.fixture(scope="session")
+def ext4_case(pools: tuple[Pool, Pool], authority: Authority) -> Case:
+    """Return a differential on ext4."""
+    return prepare(FilesystemKind.EXT4, *pools, authority, files=FILES, seed=11)
+
+
+@pytest.fixture(scope="session")
+def xfs_case(pools: tuple[Pool, Pool], authority: Authority) -> Case:
+    """Return a differential on XFS."""
+    return prepare(FilesystemKind.XFS, *pools, authority, files=FILES, seed=12)
+
+
+@pytest.fixture(params=[FilesystemKind.EXT4, FilesystemKind.XFS], ids=str)
+def case(request: pytest.FixtureRequest) -> Case:
+    """Return a differential on each filesystem in turn."""
+    found: Case = request.getfixturevalue(f"{request.param}_case")
+    return found
