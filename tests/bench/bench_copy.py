@@ -1,0 +1,104 @@
+"""The copy path beside dd, qemu-img and nbdcopy, from loop device to loop device, all past the page cache.
+
+``python -m tests.bench.bench_copy [--size-mib 2048] [--rounds 5]``: in each round every tool copies once, in turn, so that what else the
+machine does hits all of them alike. Reported are the medians and the ratios to each peer. Root; needs qemu-utils and libnbd-bin, and
+leaves out what is not installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from agent.blockio.copy import copy
+from agent.system.clock import monotonic_s
+from agent.system.run import run
+from tests.storage.loop_devices import attached
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Median MB/s of each tool, and how many times the peers' speed ours is."""
+
+    size_mib: int
+    rounds: int
+    mb_per_s: dict[str, float]
+    ratio_to: dict[str, float]
+    ratio_to_with_digests: dict[str, float]
+
+
+def main(arguments: Sequence[str] = ()) -> Measured:
+    """Measure, print, and write build/bench/copy.json."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--size-mib", type=int, default=2048)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--folder", type=Path, default=ROOT / "build" / "bench")
+    asked = parser.parse_args(arguments)
+    asked.folder.mkdir(parents=True, exist_ok=True)
+    measured = measure(asked.size_mib, asked.rounds, asked.folder)
+    (asked.folder / "copy.json").write_text(json.dumps(asdict(measured), indent=1))
+    sys.stdout.write(json.dumps(asdict(measured), indent=1) + "\n")
+    return measured
+
+
+def measure(size_mib: int, rounds: int, folder: Path) -> Measured:
+    """Return the medians of ``rounds`` rounds over images of ``size_mib`` made in ``folder``."""
+    with ExitStack() as stack:
+        work = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=folder)))
+        source, target = (stack.enter_context(attached(make(work / name, size_mib))) for name in ("source", "target"))
+        tools = {name: tool for name, tool in copiers(source, target).items() if tool is not None}
+        seconds: dict[str, list[float]] = {name: [] for name in tools}
+        names = list(tools)
+        for number in range(rounds):
+            for name in names[number % len(names) :] + names[: number % len(names)]:  # nobody is always first
+                begun = monotonic_s()
+                tools[name]()
+                seconds[name].append(monotonic_s() - begun)
+    speed = {name: round(size_mib * 1.048576 / statistics.median(each), 1) for name, each in seconds.items()}
+    peers = [name for name in speed if not name.startswith("landfall")]
+    return Measured(
+        size_mib,
+        rounds,
+        speed,
+        {peer: round(speed["landfall"] / speed[peer], 2) for peer in peers},
+        {peer: round(speed["landfall with digests"] / speed[peer], 2) for peer in peers},
+    )
+
+
+def copiers(source: Path, target: Path) -> dict[str, Callable[[], object] | None]:
+    """Return each tool's way of copying ``source`` onto ``target``; None where it is not installed."""
+
+    def program(*argv: str) -> Callable[[], object] | None:
+        return (lambda: run(argv, timeout_s=600.0)) if shutil.which(argv[0]) else None
+
+    return {
+        "landfall": lambda: copy(source, target, digest=False),
+        "landfall with digests": lambda: copy(source, target, digest=True),
+        "dd": program("dd", f"if={source}", f"of={target}", "bs=4M", "iflag=direct", "oflag=direct", "conv=fdatasync", "status=none"),
+        "qemu-img": program(
+            "qemu-img", "convert", "-n", "-W", "-m", "8", "-t", "none", "-T", "none", "-f", "raw", "-O", "raw", str(source), str(target)
+        ),
+        "nbdcopy": program("nbdcopy", "--flush", "--requests=8", "--threads=2", str(source), str(target)),
+    }
+
+
+def make(image: Path, size_mib: int) -> Path:
+    """Return an image of random bytes, none of them a hole."""
+    run(["dd", "if=/dev/urandom", f"of={image}", "bs=4M", f"count={-(-size_mib // 4)}", "iflag=fullblock", "status=none"], timeout_s=600.0)
+    with open(image, "r+b") as file:
+        file.truncate(size_mib << 20)
+    return image
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
