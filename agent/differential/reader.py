@@ -42,7 +42,8 @@ class InodeChanges:
 class Ownership:
     """The changed runs split by owner: ascending, disjoint, covering exactly the changed runs.
 
-    ``claim_run``/``claim_inode`` say which regular files own a run of class FILE (several for shared extents), sorted by run.
+    ``claim_run``/``claim_inode`` say which regular files own a run of class FILE (several for shared extents), sorted by run. A run of
+    class METADATA is claimed only by an inode that is not among the changes: its names or attributes may have changed all the same.
     """
 
     first: U64

@@ -38,7 +38,11 @@ _OWNER_OF_RANK: Final = np.array([Owner.METADATA, Owner.FREE, Owner.JOURNAL, Own
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Claims:
-    """Who says that ``first`` up to ``end`` is theirs; ``inode`` is 0 but for files. In any order, overlapping where shared."""
+    """Who says that ``first`` up to ``end`` is theirs. In any order, overlapping where shared.
+
+    ``inode`` is that of a file for its data; of any inode that is not among the changes for its directory blocks, symlink blocks
+    and attribute fork, which changed without it; otherwise 0.
+    """
 
     first: U64
     end: U64
@@ -57,19 +61,20 @@ class Ranges:
 def owners_of(fd: int, mount_fd: int, layout: Layout, changed: ChangedRuns, changes: InodeChanges) -> Ownership:
     """Return the changed runs split by owner; ``fd`` is the target's device, ``mount_fd`` its mount.
 
-    Every changed block gets exactly one class. FREE is only what the kernel's map calls free and no fork claims.
+    Every changed block gets exactly one class. FREE is only what the kernel's map calls free and no fork claims. Metadata of an inode
+    that is not among the changes is claimed by that inode: names or attributes may have changed within one tick of the clock.
     """
     runs = Ranges(changed.first, changed.first + changed.blocks)
     claims = [_mapped(fd, mount_fd, layout, runs, changes)]
     if len(_unclaimed(runs, claims).first):
         claims.append(_fixed(fd, layout))
-        claims.append(_of_inodes(fd, layout, _with_internal(layout, changes.inode[changes.in_target]), runs))
+        claims.append(_of_inodes(fd, layout, _with_internal(layout, changes.inode[changes.in_target]), runs, named=False))
     left = _unclaimed(runs, claims)
     if len(left.first):
-        claims.append(_self_described(fd, layout, left))
+        claims.append(_self_described(fd, layout, left, changes))
         left = _unclaimed(runs, claims)
     if len(left.first):
-        claims.append(_of_inodes(fd, layout, _all_inodes(mount_fd), left))
+        claims.append(_of_inodes(fd, layout, _all_inodes(mount_fd), left, named=True))
     return _split(runs, _clipped(runs, _joined(claims)))
 
 
@@ -80,12 +85,13 @@ def _mapped(fd: int, mount_fd: int, layout: Layout, runs: Ranges, changes: Inode
     rank = np.full(len(told.first), _RANK[Owner.METADATA], np.uint8)
     rank[special & (told.owner == xfs.OWNER_FREE)] = _RANK[Owner.FREE]
     rank[special & (told.owner == xfs.OWNER_LOG)] = _RANK[Owner.JOURNAL]
-    content = ~special & ((told.flags & (xfs.MAP_ATTR_FORK | xfs.MAP_EXTENT_MAP)) == 0)
-    claims = Claims(told.first, told.first + told.blocks, rank, np.where(content, told.owner, np.uint64(0)))
-    claims = _clipped(runs, _taken(claims, ~(special & (told.owner == xfs.OWNER_UNKNOWN))))
-    regular = _regular(fd, layout, claims.inode, changes)
-    rank = np.where(regular, np.uint8(_RANK[Owner.FILE]), claims.rank)
-    return Claims(claims.first, claims.end, rank, np.where(regular, claims.inode, np.uint64(0)))
+    of_inode = ~special & ((told.flags & xfs.MAP_EXTENT_MAP) == 0)
+    content = of_inode & ((told.flags & xfs.MAP_ATTR_FORK) == 0)
+    claims = Claims(told.first, told.first + told.blocks, rank, np.where(of_inode, told.owner, np.uint64(0)))
+    regular, unchanged = _kinds(fd, layout, claims.inode, changes)
+    claims.rank[regular & content] = _RANK[Owner.FILE]
+    claims.inode[~(regular & content) & ~unchanged] = 0
+    return _clipped(runs, _taken(claims, ~(special & (told.owner == xfs.OWNER_UNKNOWN))))
 
 
 def _near_together(runs: Ranges) -> list[tuple[int, int]]:
@@ -97,16 +103,17 @@ def _near_together(runs: Ranges) -> list[tuple[int, int]]:
     return list(zip(first.tolist(), end.tolist(), strict=True))
 
 
-def _regular(fd: int, layout: Layout, inode: U64, changes: InodeChanges) -> NDArray[np.bool_]:
-    """Which inode numbers are regular files of the target; 0 is none. Numbers that did not change are read."""
+def _kinds(fd: int, layout: Layout, inode: U64, changes: InodeChanges) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Say which inode numbers (0 is none) are regular files of the target, and which are not among the changes: those are read."""
     distinct, where = np.unique(inode, return_inverse=True)
-    answer = _among(distinct, changes.inode[changes.in_target & (changes.kind == FileKind.REGULAR)])
-    strange = ~_among(distinct, changes.inode[changes.in_target]) & (distinct != 0)
-    if bool(np.any(strange)):
-        raw = read_inodes(fd, layout, distinct[strange])
-        answer[strange] = (raw["mode"] >> 12 == FileKind.REGULAR) & ~is_internal(layout, distinct[strange], raw)
-    found: NDArray[np.bool_] = answer[where]
-    return found
+    regular = _among(distinct, changes.inode[changes.in_target & (changes.kind == FileKind.REGULAR)])
+    unchanged = ~_among(distinct, changes.inode[changes.in_target]) & (distinct != 0)
+    strange = np.flatnonzero(unchanged)
+    raw = read_inodes(fd, layout, distinct[strange])
+    internal = is_internal(layout, distinct[strange], raw)
+    regular[strange] = (raw["mode"] >> 12 == FileKind.REGULAR) & ~internal
+    unchanged[strange] = ~internal
+    return regular[where], unchanged[where]
 
 
 def _among(inode: U64, these: U64) -> NDArray[np.bool_]:
@@ -149,21 +156,25 @@ def _with_internal(layout: Layout, inode: U64) -> U64:
     return np.concatenate([inode, np.array(layout.internal_inodes, np.uint64)])
 
 
-def _of_inodes(fd: int, layout: Layout, inode: U64, wanted: Ranges) -> Claims:
-    """Return what the forks of these inodes of the target hold of ``wanted``, with the blocks of the forks' trees."""
+def _of_inodes(fd: int, layout: Layout, inode: U64, wanted: Ranges, *, named: bool) -> Claims:
+    """Return what the forks of these inodes of the target hold of ``wanted``, with the blocks of the forks' trees.
+
+    ``named``: the inodes claim their metadata by number.
+    """
     found: list[Claims] = []
     for at in range(0, len(inode), _BATCH):
         batch = inode[at : at + _BATCH]
         raw = read_inodes(fd, layout, batch)
-        file = (raw["mode"] >> 12 == FileKind.REGULAR) & ~is_internal(layout, batch, raw)
+        internal = is_internal(layout, batch, raw)
+        file = (raw["mode"] >> 12 == FileKind.REGULAR) & ~internal
         data = fork_extents(fd, layout, raw, attribute=False)
-        of_file = file[data.fork]
         attributes = fork_extents(fd, layout, raw, attribute=True)
+        metadata = np.where(internal | (not named), np.uint64(0), batch)
+        rank = np.where(file, _RANK[Owner.FILE], _RANK[Owner.METADATA]).astype(np.uint8)[data.fork]
         trees = np.concatenate([data.tree_block, attributes.tree_block])
-        rank = np.where(of_file, _RANK[Owner.FILE], _RANK[Owner.METADATA]).astype(np.uint8)
         for claims in (
-            Claims(data.physical, data.physical + data.blocks, rank, np.where(of_file, batch[data.fork], np.uint64(0))),
-            _claims(attributes.physical, attributes.physical + attributes.blocks, Owner.METADATA),
+            Claims(data.physical, data.physical + data.blocks, rank, np.where(file, batch, metadata)[data.fork]),
+            _claims(attributes.physical, attributes.physical + attributes.blocks, Owner.METADATA, metadata[attributes.fork]),
             _claims(trees, trees + np.uint64(1), Owner.METADATA),
         ):
             found.append(_clipped(wanted, claims))
@@ -183,31 +194,33 @@ _DIRECTORIES: Final = (0x58444233, 0x58444433, 0x58444633)
 _HASHED: Final = (0x3EBE, 0x3BEE, 0x3DF1, 0x3DFF)
 _REMOTE: Final = (0x58534C4D, 0x5841524D)
 _KINDS: Final = (
-    # (magics, their width, their offset, offset of the own address in sectors, offset of the UUID)
-    (_SHORT_TREES, 4, 0, 16, 32),  # AB3B, AB3C, IAB3, FIB3, RMB3, R3FC: xfs_btree_block_shdr
-    (_LONG_TREES, 4, 0, 24, 40),  # BMA3: xfs_btree_block_lhdr
-    (_DIRECTORIES, 4, 0, 8, 24),  # XDB3, XDD3, XDF3: xfs_dir3_blk_hdr
-    (_HASHED, 2, 8, 16, 32),  # nodes and leaves of directories and attributes: xfs_da3_blkinfo
-    (_REMOTE, 4, 0, 40, 16),  # XSLM, XARM: xfs_dsymlink_hdr, xfs_attr3_rmt_hdr
+    # (magics, their width, their offset, offsets of the own address in sectors, the UUID, the inode; 0: not told, or a tree's)
+    (_SHORT_TREES, 4, 0, 16, 32, 0),  # AB3B, AB3C, IAB3, FIB3, RMB3, R3FC: xfs_btree_block_shdr
+    (_LONG_TREES, 4, 0, 24, 40, 0),  # BMA3: xfs_btree_block_lhdr
+    (_DIRECTORIES, 4, 0, 8, 24, 40),  # XDB3, XDD3, XDF3: xfs_dir3_blk_hdr
+    (_HASHED, 2, 8, 16, 32, 48),  # nodes and leaves of directories and attributes: xfs_da3_blkinfo
+    (_REMOTE, 4, 0, 40, 16, 32),  # XSLM, XARM: xfs_dsymlink_hdr, xfs_attr3_rmt_hdr
 )
 """Metadata that says what it is and where it belongs, so that a copy of it in a file is not taken for it."""
 
 
-def _self_described(fd: int, layout: Layout, left: Ranges) -> Claims:
+def _self_described(fd: int, layout: Layout, left: Ranges, changes: InodeChanges) -> Claims:
     """Return the blocks of ``left`` that are metadata by their own word: magic, UUID and own address."""
     sizes = (left.end - left.first).astype(np.int64)
     before = np.cumsum(sizes) - sizes
     block = np.repeat(left.first, sizes) + (np.arange(int(sizes.sum())) - np.repeat(before, sizes)).astype(np.uint64)
-    found: list[U64] = []
+    found: list[Claims] = []
     for at in range(0, len(block), 4096):
         batch = block[at : at + 4096]
-        content = read_blocks(fd, batch)
-        found.append(batch[_describes_itself(layout, batch, content)])
-    own = np.concatenate([np.zeros(0, np.uint64), *found])
-    return _claims(own, own + np.uint64(1), Owner.METADATA)
+        sound, inode = _describes_itself(layout, batch, read_blocks(fd, batch))
+        inode[_among(inode, changes.inode[changes.in_target])] = 0
+        found.append(_claims(batch[sound], batch[sound] + np.uint64(1), Owner.METADATA, inode[sound]))
+    return _joined(found)
 
 
-def _describes_itself(layout: Layout, block: U64, content: U8) -> NDArray[np.bool_]:
+def _describes_itself(layout: Layout, block: U64, content: U8) -> tuple[NDArray[np.bool_], U64]:
+    """Say which blocks are metadata, and of which inode where they tell one."""
+
     def number(at: int, width: int) -> U64:
         return np.ascontiguousarray(content[:, at : at + width]).view(f">u{width}")[:, 0].astype(np.uint64)
 
@@ -217,16 +230,21 @@ def _describes_itself(layout: Layout, block: U64, content: U8) -> NDArray[np.boo
 
     sector = block * np.uint64(SECTORS_PER_BLOCK)
     sound = np.zeros(len(block), np.bool_)
-    for magics, width, at, address, uuid in _KINDS:
-        sound |= np.isin(number(at, width), np.array(magics, np.uint64)) & (number(address, 8) == sector) & is_uuid(uuid)
+    inode = np.zeros(len(block), np.uint64)
+    for magics, width, at, address, uuid, owner in _KINDS:
+        here = np.isin(number(at, width), np.array(magics, np.uint64)) & (number(address, 8) == sector) & is_uuid(uuid)
+        sound |= here
+        if owner:
+            inode[here] = number(owner, 8)[here]
     group, rest = np.divmod(block, np.uint64(layout.group_blocks))
-    inode = ((group << np.uint64(layout.group_shift)) | rest) << np.uint64(layout.inode_shift)
-    sound |= (number(0, 2) == 0x494E) & (number(152, 8) == inode) & is_uuid(160)  # xfs_dinode
-    return sound  # a quota block (xfs_dqblk) does not know its address; the quota inodes' forks claim it
+    first = ((group << np.uint64(layout.group_shift)) | rest) << np.uint64(layout.inode_shift)
+    sound |= (number(0, 2) == 0x494E) & (number(152, 8) == first) & is_uuid(160)  # xfs_dinode
+    return sound, inode  # a quota block (xfs_dqblk) does not know its address; the quota inodes' forks claim it
 
 
-def _claims(first: U64, end: U64, owner: Owner) -> Claims:
-    return Claims(first, end, np.full(len(first), _RANK[owner], np.uint8), np.zeros(len(first), np.uint64))
+def _claims(first: U64, end: U64, owner: Owner, inode: U64 | None = None) -> Claims:
+    rank = np.full(len(first), _RANK[owner], np.uint8)
+    return Claims(first, end, rank, np.zeros(len(first), np.uint64) if inode is None else inode)
 
 
 def _joined(parts: list[Claims]) -> Claims:
