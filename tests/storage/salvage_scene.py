@@ -184,6 +184,7 @@ class Scene:
             subprocess.run([*self.mkfs, str(device)], check=True, capture_output=True)
         self.base = self.target = self.g0
         self.mount_folder = tmp / "mounts"
+        self.arrival_bytes = b""
 
     def remove(self) -> None:
         """Gives the pool's room back."""
@@ -216,8 +217,18 @@ class Scene:
             return walk(root)
 
     def bytes_of(self, generation: GenerationFacts) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        """The generation's blocks, read when they are looked at; its image is immutable."""
-        return np.memmap(self.substrate._image(generation.id), np.uint8, "r").reshape(-1, BLOCK_BYTES)
+        """The generation's blocks; holes of its image are not read."""
+        with open(self.substrate._image(generation.id), "rb", buffering=0) as file:
+            blocks = np.zeros(os.fstat(file.fileno()).st_size, np.uint8)
+            at = 0
+            while at < len(blocks):
+                try:
+                    begin = os.lseek(file.fileno(), at, os.SEEK_DATA)
+                except OSError:  # nothing but holes
+                    break
+                at = os.lseek(file.fileno(), begin, os.SEEK_HOLE)
+                os.preadv(file.fileno(), [blocks[begin:at]], begin)
+        return blocks.reshape(-1, BLOCK_BYTES)
 
     def build(self) -> Built:
         return build(self)
@@ -237,6 +248,7 @@ class Scene:
         raw = encode_head(transfer, digest, built.dmi.piece_total)
         if arrived:
             raw += encode_batch(0, np.array(arrived, np.uint32), np.full(len(arrived), COMPLETE, np.uint8))
+        self.arrival_bytes = raw
         return decode(raw, transfer=transfer, dmi_digest=digest, pieces=built.dmi.piece_total)
 
     def job(
