@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -84,7 +86,8 @@ class Layout:
 
 def read_layout(device: Path) -> Layout:
     """Return the layout of the ext4 filesystem on ``device``; LayoutUnsupported names what Landfall does not replicate."""
-    raw = _read(device, 1024, 1024)
+    with _opened(device) as descriptor:
+        raw = _read(device, descriptor, 1024, 1024)
     (magic,) = struct.unpack_from("<H", raw, 0x38)
     if magic != 0xEF53:
         raise LayoutUnsupported(f"{device} holds no ext4 filesystem")
@@ -155,13 +158,14 @@ def read_blocks(device: Path, blocks: U64) -> U8:
     """Return the content of ``blocks``, in the order asked, as rows of 4096 bytes. Neighbours are read together."""
     distinct, where = np.unique(blocks, return_inverse=True)
     content = np.empty((len(distinct), BLOCK_BYTES), dtype=np.uint8)
-    at = 0
-    for first, end in zip(*_first_and_end(runs_of_blocks(distinct)), strict=True):
-        while first < end:
-            count = min(end - first, _READ_BYTES // BLOCK_BYTES)
-            part = _read(device, first * BLOCK_BYTES, count * BLOCK_BYTES)
-            content[at : at + count] = np.frombuffer(part, dtype=np.uint8).reshape(count, BLOCK_BYTES)
-            first, at = first + count, at + count
+    at, runs = 0, runs_of_blocks(distinct)
+    with _opened(device) as descriptor:
+        for first, end in zip(runs.first.tolist(), runs.end.tolist(), strict=True):
+            while first < end:
+                count = min(end - first, _READ_BYTES // BLOCK_BYTES)
+                part = _read(device, descriptor, first * BLOCK_BYTES, count * BLOCK_BYTES)
+                content[at : at + count] = np.frombuffer(part, dtype=np.uint8).reshape(count, BLOCK_BYTES)
+                first, at = first + count, at + count
     return content if len(distinct) == len(blocks) and bool(np.all(where == np.arange(len(blocks)))) else content[where.reshape(-1)]
 
 
@@ -274,17 +278,21 @@ def _wide(table: U8, low: int, high: int, has_64bit: bool) -> U64:
     return value
 
 
-def _first_and_end(runs: Runs) -> tuple[list[int], list[int]]:
-    return runs.first.tolist(), runs.end.tolist()
-
-
-def _read(device: Path, offset: int, length: int) -> bytes:
+@contextmanager
+def _opened(device: Path) -> Iterator[int]:
     try:
         descriptor = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            content = os.pread(descriptor, length, offset)
-        finally:
-            os.close(descriptor)
+    except OSError as error:
+        raise DeviceFailed(f"cannot open {device}", cause=f"{error.strerror} (errno {error.errno})") from error
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _read(device: Path, descriptor: int, offset: int, length: int) -> bytes:
+    try:
+        content = os.pread(descriptor, length, offset)
     except OSError as error:
         raise DeviceFailed(
             f"cannot read {device}", cause=f"{error.strerror} (errno {error.errno}), offset {offset}, length {length}"

@@ -1,6 +1,6 @@
 """Facts and acts of block devices (and image files) that Python has no call for.
 
-Sources: include/uapi/linux/fs.h (BLKSSZGET, BLKROGET), fallocate(2): punching a hole in a block device zeroes the range or fails, never less.
+Sources: include/uapi/linux/fs.h (BLKSSZGET, BLKROGET), fallocate(2): punching a hole in a device zeroes the range or fails, never less.
 """
 
 from __future__ import annotations

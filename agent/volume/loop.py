@@ -14,7 +14,6 @@ import errno
 import fcntl
 import os
 import stat
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -24,13 +23,10 @@ from agent.contract.errors import DeviceBusy, DeviceFailed, KernelLacks, NotOurs
 from agent.system import block
 from agent.system.block import LoopFlag
 from agent.system.clock import wait_until
-from agent.system.clock import monotonic_s
 from agent.system.failpoint import failpoint
 
 _LOOP_MAJOR: Final = 7
 _CONTROL_MINOR: Final = (10, 237)
-_UDEV_CONTROL: Final = Path("/run/udev/control")
-_UDEV_GRACE_S: Final = 2.0
 _ATTEMPTS: Final = 200
 _GRACE_S: Final = 2.0
 _LOST_RACE: Final = (errno.EBUSY, errno.ENXIO, errno.ENODEV, errno.ENOENT)
@@ -73,16 +69,18 @@ def open_image(image: Path, *, writable: bool = False) -> int:
 def lock(image_fd: int, image: Path, *, exclusive: bool) -> None:
     """Lock an open image until its last reference goes: one writer or many readers, DeviceBusy otherwise.
 
-    Where udev runs it opens every device for a moment after a change, which keeps a device just let go of alive; that is waited for.
+    A binding that just ended may be held for a moment by whoever looks at all block devices (udev, losetup, blkid), so it is waited for.
     """
-    until = monotonic_s() + (_UDEV_GRACE_S if _UDEV_CONTROL.exists() else 0.0)
-    while True:
+
+    def locked() -> bool:
         try:
-            return fcntl.flock(image_fd, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            if monotonic_s() >= until:
-                raise DeviceBusy(f"{image.name} is attached or being worked on by somebody else", cause=str(image)) from error
-        threading.Event().wait(0.02)
+            fcntl.flock(image_fd, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    if not wait_until(locked, _GRACE_S):
+        raise DeviceBusy(f"{image.name} is attached or being worked on by somebody else", cause=str(image))
 
 
 def backs(device: Path, image: Path) -> bool:

@@ -5,7 +5,7 @@ Paths in these files are as a node sees them: its own folder is /run/landfall/no
 `etc/agent.toml` of each NAS node::
 
     node = "nas1"                               # its name, as the management node calls it
-    state_dir = "/run/landfall/node/state"      # journals, outbox, certificates; never on a volume
+    state_dir = "/run/landfall/node/pool/state" # DMIs, arrival records, outbox: on the pool, so that power loss takes them too
     pool_dir = "/run/landfall/node/pool"        # XFS or btrfs with reflink: the volumes' images
     run_dir = "/run/landfall"                   # sockets and other things that go with a boot
     socket = "/run/landfall/agent.sock"         # where the daemon listens for `landfall-agent connect`
@@ -122,7 +122,7 @@ ClientAliveCountMax 3
 def _agent_toml(node: NodeName) -> str:
     return f"""\
 node = "{node}"
-state_dir = "{NODE_ROOT}/state"
+state_dir = "{NODE_ROOT}/pool/state"
 pool_dir = "{NODE_ROOT}/pool"
 run_dir = "{AGENT_SOCKET.parent}"
 socket = "{AGENT_SOCKET}"

@@ -17,6 +17,7 @@ from agent.contract.errors import BaseMismatch, LandfallError, NodeUnreachable, 
 from agent.contract.identity import GenerationId, GenerationKind, empty_generation
 from agent.system.clock import monotonic_s, wall_ns
 from mgmt.catalog import TransferEntry, VolumeEntry
+from mgmt.run import notices
 from mgmt.run.retention import retain
 from mgmt.run.site import Site, Teller, nobody
 from mgmt.run.volumes import facts_of
@@ -104,6 +105,7 @@ def replicate(
         site.catalog.end_transfer(order.transfer, ending, wall_ns())
         raise
     site.catalog.end_transfer(order.transfer, "committed", wall_ns())
+    notices.collect(site)  # what was said of earlier sessions is answered by this one
     site.catalog.mark_handled(order.transfer)
     _discard_overtaken(site, entry, order.target)
     retain(site, entry)

@@ -17,7 +17,7 @@ import pytest
 from agent.contract.errors import DeviceBusy, DeviceFailed, FreezeFailed, LayoutUnsupported, NotOurs
 from agent.contract.identity import FilesystemKind
 from agent.system import block
-from agent.volume import filesystem
+from agent.volume import filesystem, loop
 from agent.volume.devices import devices
 from agent.volume.freeze import frozen, thaw_if_frozen
 from agent.volume.loop import attach, backs
@@ -47,6 +47,12 @@ def wait_until(condition: object, limit_s: float = 10.0) -> None:
     while not condition():
         assert time.monotonic() < end, "it did not happen in time"
         threading.Event().wait(0.005)
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refusals come soon: nobody else is waited for longer than a passing look takes."""
+    monkeypatch.setattr(loop, "_GRACE_S", 0.3)
 
 
 @pytest.fixture(params=[EXT4, XFS], ids=str)

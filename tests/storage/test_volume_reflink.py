@@ -17,7 +17,7 @@ from agent.contract.errors import (
     BaseMismatch,
     DeviceBusy,
     DeviceFailed,
-    LandfallError,
+    FreezeFailed,
     LayoutUnsupported,
     NoSpace,
     NoSuchGeneration,
@@ -27,9 +27,10 @@ from agent.contract.errors import (
 from agent.contract.identity import FilesystemKind, GenerationKind, empty_generation
 from agent.contract.messages import Role
 from agent.system import block
-from agent.volume import filesystem
+from agent.volume import filesystem, loop, reflink
 from agent.volume.freeze import thaw_if_frozen
 from agent.volume.reflink import ReflinkSubstrate
+from agent.volume.snapshot import catch_up
 from agent.volume.substrate import Substrate, VolumeRecord, Workspace, WorkspaceKind
 from tests.storage.conformance import (
     Bench,
@@ -56,6 +57,12 @@ SIZES = {FilesystemKind.EXT4: 64 << 20, FilesystemKind.XFS: 320 << 20}
 def mounted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pool_on(request.param, tmp_path_factory.mktemp("pool")) as mount_point:
         yield mount_point
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refusals come soon: nobody else is waited for longer than a passing look takes."""
+    monkeypatch.setattr(loop, "_GRACE_S", 0.3)
 
 
 @pytest.fixture
@@ -364,17 +371,14 @@ def test_recovery_thaws_what_guard_and_agent_left_frozen(substrate: ReflinkSubst
 def test_a_frozen_volume_that_is_thawed_too_early_makes_no_generation(
     substrate: ReflinkSubstrate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from agent.contract.errors import FreezeFailed
-
     with served(substrate, FilesystemKind.EXT4, tmp_path / "served") as volume:
-        real = block.clone
 
-        def slow(source: int, destination: int) -> None:
+        def thawed(source: int, destination: int) -> int:
             subprocess.run(["fsfreeze", "-u", tmp_path / "served"], check=True)
-            real(source, destination)
+            return catch_up(source, destination)
 
-        monkeypatch.setattr(block, "clone", slow)
-        with pytest.raises((FreezeFailed, LandfallError)):
+        monkeypatch.setattr(reflink, "catch_up", thawed)
+        with pytest.raises(FreezeFailed):
             substrate.take(volume.id, tmp_path / "served", facts_after(substrate, volume.id))
         assert len(substrate.generations(volume.id)) == 1
         assert unaccounted(substrate) == []
