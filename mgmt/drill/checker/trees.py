@@ -109,7 +109,8 @@ def let_go_of_mounts(*needed: Path | None) -> None:
 
     A copy of a mount keeps its device busy after everybody else has unmounted it.
     """
-    kept = [path.resolve() for path in needed if path]
+    ours = (Path(__file__), Path(sys.prefix), Path(sys.base_prefix), Path(tempfile.gettempdir()), Path("/usr/bin"))
+    kept = [path.resolve() for path in (*needed, *ours) if path]
     for line in reversed(Path("/proc/self/mountinfo").read_bytes().splitlines()):
         left, _, right = line.partition(b" - ")
         point = re.sub(rb"\\([0-7]{3})", lambda code: bytes([int(code.group(1), 8)]), left.split(b" ")[4])
