@@ -1,7 +1,7 @@
 """Verbs on transfers: build the DMI and send it (NAS 1), receive (NAS 2).
 
-A receiver runs on in the background: its verb answers as soon as the data port is open, and a reception that fails is told through the outbox.
-A volume has one transfer under way at a time; a partial one never blocks the next for ever, ``transfer.discard`` ends it.
+A receiver runs on in the background: its verb answers as soon as the data port is open, and a reception that fails is told through
+the outbox. A volume has one transfer under way at a time; a partial one never blocks the next for ever, ``transfer.discard`` ends it.
 """
 
 from __future__ import annotations
@@ -233,7 +233,8 @@ def _expected(node: Node, volume: VolumeRecord, arguments: m.ReceiveTransfer) ->
     newest = node.substrate.generations(volume.id)[-1]
     if newest.id != arguments.base:
         raise BaseMismatch(
-            f"the base {arguments.base.name} is not the newest generation here", cause=f"that is {newest.id.name} of epoch {newest.id.epoch}"
+            f"the base {arguments.base.name} is not the newest generation here",
+            cause=f"that is {newest.id.name} of epoch {newest.id.epoch}",
         )
     for known in _records(node, volume.id):
         node.store.discard(known.id)

@@ -55,7 +55,10 @@ def list_volumes(node: Node, arguments: m.ListVolumes, progress: ProgressCall) -
 
 
 def serve(node: Node, arguments: m.ServeVolume, progress: ProgressCall) -> m.VolumeFacts:
-    """Serve a volume. A secondary's operational image is cloned from its newest generation first and it becomes primary; asked twice, once."""
+    """Serve a volume; asked twice, once. A secondary's operational image is first cloned from its newest generation: it becomes primary.
+
+    If we die before the role is recorded, asking again clones again.
+    """
     record = node.record(arguments.volume)
     if not node.serving(record):
         with node.job(record.id, "volume.serve"):

@@ -16,6 +16,9 @@ from mgmt.drill.options import Kill, Options
 from mgmt.lab.cli import Size
 
 
+PIPE_WIDTH = 120
+
+
 class _Share(click.ParamType[float]):
     """A share above 0 and below 1."""
 
@@ -61,7 +64,7 @@ def drill(
     from mgmt.drill.report import document, sentence
     from mgmt.drill.scenario import Drill
     from mgmt.drill.stage import Stage
-    from mgmt.view import print_table
+    from mgmt.view import table
 
     options = Options(FilesystemKind(filesystem), at, Kill(kill), Differential(differential), seed, files, size, changes, out, keep_lab)
     course = Drill(options, Stage(Console(stderr=True))).run()
@@ -71,7 +74,8 @@ def drill(
         click.echo(json.dumps(report))
     else:
         if course.statement is not None:
-            print_table(course.statement, Console(file=sys.stdout), rows=12)
+            page = Console(file=sys.stdout, width=None if sys.stdout.isatty() else PIPE_WIDTH)
+            page.print(table(course.statement, rows=12))
         click.echo(sentence(options, course))
         click.echo(f"report: {out / 'report.json'}" + (f", {out / 'report.html'}" if course.statement is not None else ""))
     if course.findings is not None and not course.findings.clean:

@@ -1,8 +1,8 @@
 """Two agents on one machine without a lab: real daemons, pools, volumes and TLS, on loopback, cheap enough to kill hundreds of times.
 
-Each node is a folder in a pool of its own (an XFS filesystem with reflink in a sparse file): ``state`` and ``pool``. A node's whole durable state
-can be copied in a moment (``cp --reflink``), so each crash can be followed in more than one way. The agents' processes come from a fork server
-that has everything imported; they are killed by SIGKILL like any process.
+Each node is a folder in a pool of its own (an XFS filesystem with reflink in a sparse file): ``state`` and ``pool``. A node's whole
+durable state can be copied in a moment (``cp --reflink``), so each crash can be followed in more than one way. The agents' processes
+come from a fork server that has everything imported; they are killed by SIGKILL like any process.
 """
 
 from __future__ import annotations
