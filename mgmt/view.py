@@ -35,6 +35,7 @@ WORDS = {
     Outcome.DELETED: "deleted",
     Outcome.HELD: "held",
 }
+WORST_FIRST = (Outcome.DAMAGED, Outcome.ABSENT, Outcome.KEPT, Outcome.HELD, Outcome.DELETED, Outcome.RECOVERED)
 _NAMED_ESCAPES = {"\n": "\\n", "\r": "\\r", "\t": "\\t", "\\": "\\\\"}
 
 
@@ -197,14 +198,14 @@ def _path_of(account: FileAccount) -> str:
 
 
 def _lost_table(statement: LossStatement, rows: int) -> RenderableType:
-    lost = statement.lost
+    lost = sorted(statement.lost, key=lambda account: WORST_FIRST.index(account.outcome))
     if not lost:
         return Text("Every changed file is as the primary had it.", style="green")
-    shown = Table(box=None, header_style="dim", padding=(0, 1))
+    shown = Table(box=None, header_style="dim", padding=(0, 1), expand=True)
     shown.add_column("verdict", no_wrap=True)
     shown.add_column("size", justify="right", no_wrap=True)
-    shown.add_column("file", overflow="fold")
-    shown.add_column("why", overflow="fold")
+    shown.add_column("file", no_wrap=True, overflow="ellipsis", ratio=3)
+    shown.add_column("why", no_wrap=True, overflow="ellipsis", ratio=4)
     for account in lost[:rows]:
         word = Text(WORDS[account.outcome], style=STYLES[account.outcome])
         shown.add_row(word, bytes_words(account.size_bytes), Text(_path_of(account)), Text(visible(account.reason), style="dim"))
