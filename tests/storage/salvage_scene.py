@@ -10,7 +10,7 @@ import stat
 import subprocess
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,9 @@ from agent.contract.digest import block_digests, file_digest, payload_digest, pi
 from agent.contract.dmi import HOLE, Change, Dmi, ExtentFlag, FileKind, Head, Side
 from agent.contract.identity import BLOCK_BYTES, FilesystemKind, GenerationKind, empty_generation, next_generation
 from agent.contract.messages import Deletions, GenerationFacts, Progress, Role, Salvaged, UpdateInstruction
+from agent.differential.build import BuildRequest
+from agent.differential.build import build as agent_build
+from agent.differential.reader import View
 from agent.recovery.salvage import SalvageJob, salvage
 from agent.system import attributes, block
 from agent.system.handles import identity_at
@@ -227,11 +230,36 @@ class Scene:
                 except OSError:  # nothing but holes
                     break
                 at = os.lseek(file.fileno(), begin, os.SEEK_HOLE)
-                os.preadv(file.fileno(), [blocks[begin:at]], begin)
+                os.preadv(file.fileno(), [blocks[begin:at].data], begin)
         return blocks.reshape(-1, BLOCK_BYTES)
 
     def build(self) -> Built:
         return build(self)
+
+    def build_as_the_agent_does(self) -> Built:
+        """The DMI by the agent's own builder, with the trees walked here."""
+        with ExitStack() as opened:
+            views = {generation.id: opened.enter_context(self._view(generation)) for generation in {self.base, self.target} - {self.g0}}
+            target = views[self.target.id]
+            request = BuildRequest(
+                uuid4(), self.base.id, self.target.id, 1, 2, "volume", SIZE[self.kind], 512, self.kind,
+                filesystem.mkfs_arguments(target.device, self.kind), self.substrate.differential_identity,
+                views.get(self.base.id), target, self.substrate.changed(self.base.id, self.target.id), self.tmp / "state",
+            )  # fmt: skip
+            dmi = Dmi.decode(b"".join(agent_build(request).encode()))
+        base, walked = self.walked(self.base), self.walked(self.target)
+        rows = {(inode, of): row for row, (inode, of) in enumerate(zip(dmi.inode.tolist(), dmi.inode_generation.tolist(), strict=True))}
+        return Built(dmi, base, walked, self.bytes_of(self.target), rows)
+
+    @contextmanager
+    def _view(self, generation: GenerationFacts) -> Iterator[View]:
+        where = self.tmp / f"view-{uuid4().hex[:8]}"
+        with self.substrate.reading(generation.id) as device, mount(device, where, self.kind, READ_ONLY):
+            fd = os.open(where, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                yield View(device, where, fd)
+            finally:
+                os.close(fd)
 
     def land(self, built: Built, missing: Iterable[int] = ()) -> ArrivalRecord:
         """Makes the landing volume with every piece but ``missing``."""

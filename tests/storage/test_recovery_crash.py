@@ -152,7 +152,7 @@ def test_B9_an_error_at_any_step_leaves_nothing(scene: Scene, monkeypatch: pytes
 
 def test_what_does_not_read_back_is_not_committed(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     built, job = prepared(scene)
-    physical = []
+    physical: list[int] = []
 
     def spoil(device: Path) -> None:
         with open(device, "r+b") as file:

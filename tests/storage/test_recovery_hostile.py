@@ -53,10 +53,8 @@ class Names:
 
     def __init__(self, dmi: Dmi) -> None:
         self.dmi = dmi
-        self.rows = [
-            [(int(dmi.name_side[at]), int(dmi.name_parent[at]), dmi.path(at)) for at in range(int(dmi.name_start[f]), int(dmi.name_start[f + 1]))]
-            for f in range(dmi.file_total)
-        ]
+        names = [(int(dmi.name_side[at]), int(dmi.name_parent[at]), dmi.path(at)) for at in range(len(dmi.name_side))]
+        self.rows = [names[int(dmi.name_start[row]) : int(dmi.name_start[row + 1])] for row in range(dmi.file_total)]
 
     def set(self, row: int, side: Side, names: Iterable[tuple[int, bytes]]) -> None:
         kept = [name for name in self.rows[row] if name[0] != side]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Callable
 
 import pytest
 
@@ -14,7 +15,7 @@ from tests.storage import recovery_fixtures
 from tests.storage.random_changes import Changes
 from tests.storage.recovery_fixtures import MakeScene
 from tests.storage.salvage_model import compare, expected
-from tests.storage.salvage_scene import Built
+from tests.storage.salvage_scene import Built, Scene
 
 make_scene = recovery_fixtures.make_scene
 pool = recovery_fixtures.pool
@@ -35,14 +36,17 @@ def torn(built: Built, chance: random.Random) -> list[int]:
 
 @pytest.mark.parametrize("kind", list(FilesystemKind))
 @pytest.mark.parametrize("seed", SEEDS)
-def test_I3_I4_I5_a_random_part_of_random_changes(make_scene: MakeScene, kind: FilesystemKind, seed: int) -> None:
+@pytest.mark.parametrize("builder", [Scene.build, Scene.build_as_the_agent_does])
+def test_I3_I4_I5_a_random_part_of_random_changes(
+    make_scene: MakeScene, kind: FilesystemKind, seed: int, builder: Callable[[Scene], Built]
+) -> None:
     chance = random.Random(seed)
     scene = make_scene(kind)
     from_nothing = seed % 4 == 3
     (scene.change if from_nothing else scene.fill)(lambda root: Changes(root, chance, kind).grow(60))
     if not from_nothing:
         scene.change(lambda root: Changes(root, chance, kind).change(50))
-    built = scene.build()
+    built = builder(scene)
     arrival = scene.land(built, torn(built, chance))
     deletions = chance.choice(list(Deletions))
     job = scene.job(built, arrival, deletions=deletions)
