@@ -20,7 +20,7 @@ from agent.contract.digest import BlockDigests, file_digest, payload_digest, pie
 from agent.contract.dmi import Change, Dmi, ExtentFlag, FileKind, Head, Owner
 from agent.contract.dmi import Side as NameSide
 from agent.contract.errors import DeviceFailed
-from agent.contract.identity import FilesystemKind, GenerationId
+from agent.contract.identity import BLOCK_BYTES, FilesystemKind, GenerationId
 from agent.differential import digests, names
 from agent.differential.ext4 import Ext4Reader
 from agent.differential.intervals import spans
@@ -29,6 +29,7 @@ from agent.differential.pieces import Pieces, needs_of, pieces_of
 from agent.differential.reader import Extents, FilesystemReader, InodeChanges, View
 from agent.differential.rows import Rows, Side, rows_of
 from agent.system import files, handles
+from agent.system.failpoint import failpoint
 from agent.volume.substrate import ChangedRuns
 
 U64 = NDArray[np.uint64]
@@ -66,13 +67,16 @@ def build(request: BuildRequest) -> Dmi:
     request.state.mkdir(parents=True, exist_ok=True)
     files.sweep(request.state)
     base_table, table = _tables(request)
+    failpoint("differential.table_stored")
     reader = reader_for(request.filesystem, request.base, request.target, request.changed)
     changes = reader.changed_inodes()
     regular = (changes.kind == FileKind.REGULAR) & changes.in_target
     extents = reader.extents(changes.inode[regular], changes.generation[regular])
     owners = reader.ownership(changes, changes.inode[regular], extents)
     of_files = owners.owner[owners.claim_run] == Owner.FILE
-    base_names, target_names = _indexes(request, changes, touched=np.setdiff1d(owners.claim_inode[~of_files], changes.inode))
+    touched = np.setdiff1d(owners.claim_inode[~of_files], changes.inode)
+    base_names, target_names = _indexes(request, changes, touched=touched, root=reader.root_inode)
+    failpoint("differential.names_stored")
     changes = _with_others(request, changes, owners.claim_inode, base=base_names, target=target_names, root=reader.root_inode)
     pieces = pieces_of(request.changed, replace(owners, claim_run=owners.claim_run[of_files], claim_inode=owners.claim_inode[of_files]))
 
@@ -115,7 +119,7 @@ def _index_path(state: Path, generation: GenerationId) -> Path:
 
 def _tables(request: BuildRequest) -> tuple[BlockDigests, BlockDigests]:
     """Return the digest tables of base and target, the latter stored."""
-    blocks = -(-request.volume_bytes // 4096)
+    blocks = -(-request.volume_bytes // BLOCK_BYTES)
     base_table = None
     if request.base is not None:
         path = _table_path(request.state, request.base_id)
@@ -129,7 +133,7 @@ def _tables(request: BuildRequest) -> tuple[BlockDigests, BlockDigests]:
     return digests.table_of_zeros(blocks) if base_table is None else base_table, table
 
 
-def _indexes(request: BuildRequest, changes: InodeChanges, touched: U64) -> tuple[NameIndex | None, NameIndex]:
+def _indexes(request: BuildRequest, changes: InodeChanges, *, touched: U64, root: int) -> tuple[NameIndex | None, NameIndex]:
     """Return the name indexes of base (None: g0) and target, the latter stored.
 
     An index that contradicts the inodes' link counts is not believed, and where metadata of inodes that did not change was ``touched``
@@ -142,7 +146,7 @@ def _indexes(request: BuildRequest, changes: InodeChanges, touched: U64) -> tupl
         base = names.load(base_path)
         if base is not None and not len(touched):
             target = _updated_index(request, changes, base)
-            if target is not None and _agrees(target, changes):
+            if target is not None and _agrees(target, changes, root):
                 names.save(target, path)
                 return base, target
         base = names.walked(request.base.mount_fd)
@@ -172,9 +176,12 @@ def _updated_index(request: BuildRequest, changes: InodeChanges, base: NameIndex
         return None
 
 
-def _agrees(index: NameIndex, changes: InodeChanges) -> bool:
+def _agrees(index: NameIndex, changes: InodeChanges, root: int) -> bool:
+    """Whether every changed inode has as many names as links, and every directory one."""
     named = changes.in_target & (changes.kind != FileKind.DIRECTORY)
-    return bool(np.all(index.count_of(changes.inode[named]) == changes.target_nlink[named]))
+    directories = changes.in_target & ~named & (changes.inode != root) & (changes.target_nlink > 0)
+    links = bool(np.all(index.count_of(changes.inode[named]) == changes.target_nlink[named]))
+    return links and bool(np.all(index.count_of(changes.inode[directories]) == 1))
 
 
 def _with_others(

@@ -16,6 +16,7 @@ import xxhash
 from agent.blockio.device import Device
 from agent.blockio.scatter import digest_runs
 from agent.contract.digest import ZERO_BLOCK, BlockDigests
+from agent.contract.errors import VerifyFailed
 from agent.contract.identity import BLOCK_BYTES
 from agent.differential.intervals import Runs, intersected, runs_of
 from agent.system.files import write_durably
@@ -31,7 +32,7 @@ def load(path: Path, blocks: int) -> BlockDigests | None:
         if path.stat().st_size != blocks * 8 + _TRAILER_BYTES:
             return None
         trailer = np.memmap(path, dtype=np.uint8, mode="r", offset=blocks * 8)
-        table: BlockDigests = np.memmap(path, dtype="<u8", mode="r", shape=(blocks,))
+        table: BlockDigests = np.memmap(path, dtype="<u8", mode="r", shape=(blocks,)).view(np.ndarray)
     except (OSError, ValueError):
         return None
     fold = xxhash.xxh3_128()
@@ -50,14 +51,15 @@ def computed(path: Path, device: Path, volume_bytes: int) -> BlockDigests:
 def derived(path: Path, base: BlockDigests | None, device: Path, volume_bytes: int, changed: ChangedRuns) -> BlockDigests:
     """Return the table of the generation on ``device`` that differs from ``base`` in the ``changed`` runs, stored durably at ``path``.
 
-    ``base`` None: all blocks that did not change are holes. Holes among the changed runs are not read.
+    ``base`` None: all blocks that did not change are holes. Holes among the changed runs are not read. If we die here there is no table,
+    or all of it. DeviceFailed for a block that cannot be read; VerifyFailed.
     """
     blocks = -(-volume_bytes // BLOCK_BYTES)
     with Device.open_reading(device) as source:
         write_durably(path, _patched(base, source, blocks, changed))
     table = load(path, blocks)
     if table is None:
-        raise OSError(f"{path} does not read back")
+        raise VerifyFailed(f"the digest table {path} does not read back as it was written")
     return table
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import struct
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,12 +13,13 @@ import numpy as np
 import pytest
 
 from agent.contract.dmi import Change, Owner, Side
-from agent.contract.errors import LayoutUnsupported
+from agent.contract.errors import FailpointHit, LayoutUnsupported
 from agent.differential import build as building
 from agent.differential.ext4 import Ext4Reader
 from agent.differential.ext4_layout import read_layout
 from agent.differential.intervals import expanded
 from agent.differential.reader import Extents, InodeChanges, Ownership, View
+from agent.system import failpoint as failpoints
 from tests.storage.differential_truth import (
     Tree,
     check_blocks,
@@ -345,6 +347,28 @@ def test_caches_that_are_lost_or_damaged_are_made_anew(folder: Path) -> None:
     building.drop(state, generation(1))
     assert not list(state.glob(f"{first}*"))
     building.drop(state, generation(1))
+
+
+@pytest.mark.parametrize("point", ["differential.table_stored", "differential.names_stored", "files.before_rename"])
+def test_a_build_that_died_is_repeated_to_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch, point: str) -> None:
+    image, mount_point = folder / "operational.img", folder / "mount"
+    make_ext4(image, SMALL)
+    with mounted(image, mount_point):
+        (mount_point / "file").write_text("one")
+        freeze_copy(mount_point, image, folder / "g1.img")
+        (mount_point / "file").write_text("two")
+        freeze_copy(mount_point, image, folder / "g2.img")
+    with monkeypatch.context() as armed:
+        armed.setattr(failpoints, "_passed", Counter())
+        armed.setenv("LANDFALL_ALLOW_FAILPOINTS", "1")
+        armed.setenv("LANDFALL_FAILPOINTS", f"{point}=raise")
+        with pytest.raises(FailpointHit):
+            built(folder, folder / "g1.img", folder / "g2.img")
+    again = b"".join(built(folder, folder / "g1.img", folder / "g2.img").dmi.encode())
+    for path in (folder / "state").iterdir():
+        path.unlink()
+    assert again == b"".join(built(folder, folder / "g1.img", folder / "g2.img").dmi.encode())
+    assert not list((folder / "state").glob(".new-*"))
 
 
 def test_an_index_that_contradicts_the_link_counts_is_not_believed(folder: Path) -> None:
