@@ -15,6 +15,7 @@ from typing import Final
 from agent.contract.errors import CommandFailed, DeviceBusy, DeviceFailed, LayoutUnsupported
 from agent.contract.identity import BLOCK_BYTES, FilesystemKind
 from agent.system import block
+from agent.system.clock import wait_until
 from agent.system.run import run
 from agent.volume.freeze import thaw_if_frozen
 from agent.volume.mounts import mount_on, mounts
@@ -33,6 +34,7 @@ from agent.volume.superblock import (
 
 _MAKE_LIMIT_S: Final = 600.0
 _MOUNT_LIMIT_S: Final = 300.0
+_GRACE_S: Final = 2.0
 _PROTECTED: Final = "nosuid,nodev,noexec"
 _OPTIONS: Final = {
     (FilesystemKind.EXT4, True): f"ro,noload,{_PROTECTED}",
@@ -100,14 +102,19 @@ def mount(device: Path, mount_point: Path, kind: FilesystemKind, *, read_only: b
 
 
 def unmount(mount_point: Path) -> None:
-    """Unmount; on return everything is written back and the loop device is gone. DeviceBusy if a process uses it."""
-    done = run(["umount", "-n", str(mount_point)], ok=(0, 32), timeout_s=_MOUNT_LIMIT_S)
-    if done.status == 0:
-        return
-    words = done.stderr.decode("utf-8", "replace").strip()
-    if "busy" in words:
+    """Unmount; on return everything is written back. DeviceBusy if a process uses it, after waiting for one that is just leaving."""
+    words = ""
+
+    def done() -> bool:
+        nonlocal words
+        output = run(["umount", "-n", str(mount_point)], ok=(0, 32), timeout_s=_MOUNT_LIMIT_S)
+        words = output.stderr.decode("utf-8", "replace").strip()
+        return output.status == 0 or "busy" not in words
+
+    if not wait_until(done, _GRACE_S, every_s=0.1):
         raise DeviceBusy(f"{mount_point} is in use", cause=words, fix="Find who has files open there (lsof, fuser -m).")
-    raise CommandFailed(f"cannot unmount {mount_point}", cause=words)
+    if is_mounted(mount_point) or words:
+        raise CommandFailed(f"cannot unmount {mount_point}", cause=words or "another mount was below it")
 
 
 def unmount_below(folder: Path) -> None:
