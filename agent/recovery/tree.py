@@ -22,8 +22,8 @@ from agent.system import attributes
 from agent.system.handles import open_beneath, open_inode
 
 _OPEN_FOLDERS: Final = 256
-LOCKS: Final = attributes.IMMUTABLE | attributes.APPEND
-"""Flags that forbid to change an inode or its names: they are set last of all."""
+LOCKS: Final = attributes.IMMUTABLE | attributes.APPEND | attributes.PROJECT_INHERIT
+"""Flags that forbid to change an inode or its names, or to move a file of another project into a directory: they are set last of all."""
 FLAGGED: Final = (FileKind.REGULAR, FileKind.DIRECTORY)
 """Kinds of inode that can be opened, and so have chattr flags and a project id that can be set."""
 

@@ -326,6 +326,32 @@ def test_H18_times_project_and_flags(make_scene: MakeScene) -> None:
     equal_to_target(make_scene(FilesystemKind.XFS), fill, change)  # this kernel may have no quota, which ext4's project ids need
 
 
+def test_H18_folders_of_a_project_take_files_of_others(make_scene: MakeScene) -> None:
+    def of_project(path: Path, number: int, flags: int = 0) -> None:
+        fd = os.open(path, os.O_RDONLY)
+        attributes.set_project(fd, number)
+        attributes.set_flags(fd, flags)
+        os.close(fd)
+
+    def fill(root: Path) -> None:
+        (root / "d").mkdir()
+        (root / "other").write_bytes(os.urandom(5000))
+        of_project(root / "d", 7, attributes.PROJECT_INHERIT)
+        (root / "d/inherited").write_bytes(os.urandom(5000))
+        (root / "d/inside").mkdir()
+
+    def change(root: Path) -> None:
+        of_project(root / "d", 7)
+        (root / "other").rename(root / "d/moved in")
+        (root / "d/inside/link").symlink_to("x")
+        (root / "d/inside/new").write_bytes(os.urandom(5000))
+        (root / "d/new").mkdir()
+        (root / "d/inherited").rename(root / "moved out")
+        of_project(root / "d", 7, attributes.PROJECT_INHERIT)
+
+    equal_to_target(make_scene(FilesystemKind.XFS), fill, change)
+
+
 def test_H18_a_folder_that_did_not_change_keeps_its_time_though_a_name_passes_through_the_root(scene: Scene) -> None:
     def fill(root: Path) -> None:
         (root / "d").mkdir()
