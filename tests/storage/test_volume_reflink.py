@@ -384,6 +384,36 @@ def test_a_frozen_volume_that_is_thawed_too_early_makes_no_generation(
         assert unaccounted(substrate) == []
 
 
+def test_addresses_of_pre_images_are_the_pool_device_s_own(substrate: ReflinkSubstrate, mounted: Path) -> None:
+    """On btrfs FIEMAP's addresses are not the device's: with several chunks they differ, and the run must name the device's."""
+    volume = record(size_bytes=64 << 20)
+    substrate.create(volume)
+    before = {n * 2: os.urandom(4096) for n in range(6000)}
+    with substrate.operational(volume.id) as device, open(device, "r+b", buffering=0) as file:
+        for n, old in before.items():
+            os.pwrite(file.fileno(), old, n * 4096)
+        os.fsync(file.fileno())
+    base = facts_after(substrate, volume.id)
+    substrate.take(volume.id, None, base)
+    target = taken(substrate, volume.id, {n: block_of(f"{n}") for n in list(before)[::7]})
+    runs = substrate.changed(base.id, target.id)
+    image_fd = os.open(substrate.pool.volumes / str(volume.id) / "generations" / f"{base.id.name}.img", os.O_RDONLY)
+    mapped = block.extent_map(image_fd)
+    os.close(image_fd)
+    reported = {
+        (logical + n) // 4096: (physical + n) // 4096
+        for logical, physical, length in zip(mapped.logical.tolist(), mapped.physical.tolist(), mapped.length.tolist(), strict=True)
+        for n in range(0, length, 4096)
+    }
+    moved = 0
+    with open(substrate.differential_device, "rb", buffering=0) as pool:
+        for first, blocks, at in zip(runs.first.tolist(), runs.blocks.tolist(), runs.diff_block.tolist(), strict=True):
+            for n in range(blocks):
+                assert os.pread(pool.fileno(), 4096, (at + n) * 4096) == before[first + n]
+                moved += reported[first + n] != at + n
+    assert moved > 0 if mounted.name == "pool-btrfs" else moved == 0
+
+
 # --- power ---
 
 
