@@ -27,11 +27,14 @@ ProgressCall = Callable[[str, int, int], None]
 """Called with a step's name, how much is done and how much there is."""
 
 
-class Background(Protocol):
-    """Something that runs on after its verb was answered."""
+class Reception(Protocol):
+    """A reception that runs on after its verb was answered."""
 
     def cancel(self) -> None:
         """End it soon; what it had made durable stays."""
+
+    def give_way(self) -> None:
+        """End it now, for another reception of the same transfer."""
 
 
 class Node:
@@ -46,7 +49,7 @@ class Node:
         self.store = TransferStore(config.state_dir / "transfers")
         self.outbox = Outbox(config.state_dir / "outbox")
         self.samba = Samba(config.run_dir / "samba", config.replication_address, config.smb_port, config.smb_guest or config.lab)
-        self.background: dict[UUID, Background] = {}
+        self.receptions: dict[UUID, Reception] = {}
         self._jobs: dict[UUID, str] = {}
         self._lock = threading.Lock()
 
@@ -120,7 +123,7 @@ class Node:
 
     def close(self) -> None:
         """End background jobs; clients keep their exports."""
-        for running in list(self.background.values()):
+        for running in list(self.receptions.values()):
             running.cancel()
 
 

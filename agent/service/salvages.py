@@ -9,6 +9,7 @@ from agent.recovery.salvage import SalvageJob, salvage, undo
 from agent.recovery.salvage import recover as sweep_salvages
 from agent.service.node import Node, ProgressCall
 from agent.service.transfers import place_healed
+from agent.system.failpoint import failpoint
 from agent.transfer.store import TransferRecord
 
 
@@ -26,7 +27,9 @@ def update(node: Node, arguments: m.UpdateInstruction, progress: ProgressCall) -
     with node.job(transfer.target.volume, f"salvage.update {transfer.id}"):
         place_healed(node, transfer)
         salvaged = salvage(_job(node, transfer, arguments, progress))
+        failpoint("recovery.before_record")
         node.store.set_state(transfer.id, m.TransferState.SALVAGED)
+        failpoint("recovery.after_record")
     return salvaged
 
 

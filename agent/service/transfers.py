@@ -49,13 +49,16 @@ def build_transfer(node: Node, arguments: m.BuildTransfer, progress: ProgressCal
                 priorities=arguments.priorities,
             )
         )
+        failpoint("src.before_build")
         try:
             dmi = _build(node, record, arguments)
+            failpoint("src.before_dmi_durable")
             node.store.store_dmi(arguments.transfer, dmi.encode())
         except BaseException:
             node.store.discard(arguments.transfer)
             raise
         node.store.set_state(arguments.transfer, m.TransferState.WAITING)
+    failpoint("src.after_build")
     size = len(node.store.dmi_bytes(arguments.transfer))
     digest = node.store.dmi_digest(arguments.transfer)
     return m.Built(dmi.piece_total, dmi.file_total, _changed_bytes(dmi), size, digest.hex())
@@ -92,22 +95,29 @@ def send_transfer(node: Node, arguments: m.SendTransfer, progress: ProgressCall)
             raise
         failpoint("src.before_release")
         node.store.set_state(transfer.id, m.TransferState.COMMITTED)
+        failpoint("src.after_release")
     return sent
 
 
 def receive(node: Node, arguments: m.ReceiveTransfer, progress: ProgressCall) -> m.Listening:
-    """Open the data port. BaseMismatch unless the base is this node's newest generation and nobody serves the volume here."""
+    """Open the data port. BaseMismatch unless the base is this node's newest generation and nobody serves the volume here.
+
+    A reception of the same transfer that still runs, or waits for its peer, gives way: its token is worth nothing from now on.
+    """
     volume = node.record(arguments.target.volume)
-    node.claim(volume.id, what := f"transfer.receive {arguments.transfer}")
+    if running := node.receptions.get(arguments.transfer):
+        running.give_way()
+    node.claim(volume.id, f"transfer.receive {arguments.transfer}")
     try:
+        failpoint("dst.before_listen")
         transfer = _expected(node, volume, arguments)
         receiver = Receiver(_receive_job(node, transfer, arguments))
         node.store.set_state(transfer.id, m.TransferState.COMMITTED if _held(node, transfer.target) else m.TransferState.WAITING)
     except BaseException:
         node.release(volume.id)
         raise
-    node.background[transfer.id] = receiver
-    threading.Thread(target=_run, args=(node, transfer, receiver), name=what, daemon=True).start()
+    node.receptions[transfer.id] = _Reception(node, transfer, receiver)
+    failpoint("dst.after_listen")
     return m.Listening(receiver.address, receiver.port)
 
 
@@ -139,7 +149,9 @@ def discard(node: Node, arguments: m.DiscardTransfer, progress: ProgressCall) ->
     """Forget a transfer; on NAS 1 its target generation too, unless it was committed. The running one is refused."""
     transfer = node.store.load(arguments.transfer)
     with node.job(transfer.target.volume, "transfer.discard"):
+        failpoint("dst.before_discard")
         _discard(node, transfer)
+        failpoint("dst.after_discard")
     return m.Done()
 
 
@@ -300,17 +312,38 @@ def place_healed(node: Node, transfer: TransferRecord) -> None:
         node.substrate.replace(healed, transfer.base)
 
 
-def _run(node: Node, transfer: TransferRecord, receiver: Receiver) -> None:
-    """Receive to the end. A failure becomes a reception failure notification, after the record says that the transfer is interrupted."""
-    try:
-        receiver.run()
-    except Exception as error:
-        if not _held(node, transfer.target):
-            node.store.set_state(transfer.id, m.TransferState.INTERRUPTED)
-            _notify(node, transfer, str(error))
-    finally:
-        node.background.pop(transfer.id, None)
-        node.release(transfer.target.volume)
+class _Reception:
+    """A receiver in a thread of its own. A failure becomes a reception failure notification, once the record says `interrupted`."""
+
+    def __init__(self, node: Node, transfer: TransferRecord, receiver: Receiver) -> None:
+        self._node, self._transfer, self._receiver = node, transfer, receiver
+        self._gives_way = False
+        self._thread = threading.Thread(target=self._run, name=f"receive {transfer.id}", daemon=True)
+        self._thread.start()
+
+    def cancel(self) -> None:
+        """End it soon; what it had made durable stays."""
+        self._receiver.cancel()
+
+    def give_way(self) -> None:
+        """End it, without a word to anybody, and wait until the volume is free."""
+        self._gives_way = True
+        self.cancel()
+        self._thread.join()
+
+    def _run(self) -> None:
+        node, transfer = self._node, self._transfer
+        try:
+            self._receiver.run()
+        except Exception as error:
+            if not _held(node, transfer.target):
+                node.store.set_state(transfer.id, m.TransferState.INTERRUPTED)
+                if not self._gives_way:
+                    _notify(node, transfer, str(error))
+        finally:
+            if node.receptions.get(transfer.id) is self:
+                del node.receptions[transfer.id]
+            node.release(transfer.target.volume)
 
 
 def _notify(node: Node, transfer: TransferRecord, message: str) -> None:

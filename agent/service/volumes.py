@@ -7,6 +7,7 @@ from agent.contract.errors import DeviceBusy, VolumeExists
 from agent.contract.identity import GenerationKind, plain_name
 from agent.service.node import Node, ProgressCall
 from agent.serving.samba import Share
+from agent.system.failpoint import failpoint
 from agent.volume import filesystem
 from agent.volume.substrate import VolumeRecord
 
@@ -66,7 +67,9 @@ def serve(node: Node, arguments: m.ServeVolume, progress: ProgressCall) -> m.Vol
                 newest = node.substrate.generations(record.id)[-1]
                 node.substrate.clone_operational(record.id, newest.id)
                 node.substrate.set_role(record.id, m.Role.PRIMARY, record.epoch + 1)
+                failpoint("serve.after_role")
             _start_serving(node, node.record(record.id))
+            failpoint("serve.after_mount")
     _export(node, record)
     return facts_of(node, node.record(record.id))
 
