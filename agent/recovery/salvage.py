@@ -22,7 +22,7 @@ from agent.contract.dmi import Dmi
 from agent.contract.errors import LandfallError, NoSpace, NoSuchGeneration, SalvageFailed
 from agent.contract.identity import GenerationKind, next_generation
 from agent.contract.messages import Deletions, FileOutcome, GenerationFacts, Outcome, Progress, Salvaged, UpdateInstruction
-from agent.recovery.apply import NO_ROOM, Applied, apply_plan
+from agent.recovery.apply import NO_ROOM, Applied, Tick, apply_plan
 from agent.recovery.check import check_instruction
 from agent.recovery.mount import mounted, unmount
 from agent.recovery.plan import HELD, Plan, make_plan
@@ -131,9 +131,12 @@ def _attempt(job: SalvageJob, designated: tuple[int, ...], excluded: dict[int, F
     from_nothing = dmi.head.base.counter == 0
     with job.substrate.writing(job.workspace) as device:
         if from_nothing:
+            job.progress(Progress("mkfs", 0, 1))
             filesystem.make_like(device, dmi.head.filesystem, dmi.head.mkfs_arguments)
+        job.progress(Progress("mount", 0, 1))
         failpoint("recovery.before_mount")
         with mounted(device, job.mount_point, dmi.head.filesystem, read_only=False) as mount_fd:
+            failpoint("recovery.after_mount")
             plan = make_plan(
                 dmi,
                 [row for row in designated if row not in excluded],
@@ -143,9 +146,20 @@ def _attempt(job: SalvageJob, designated: tuple[int, ...], excluded: dict[int, F
             )
             total = len(plan.create) + len(plan.update)
             with _landing(job) as landing:
-                applied = apply_plan(plan, dmi, landing, mount_fd, lambda done: job.progress(Progress("apply", done, total)))
-    job.progress(Progress("unmount", 1, 1))
+                applied = apply_plan(plan, dmi, landing, mount_fd, _ticking(job, "apply", total))
+            job.progress(Progress("unmount", 0, 1))
     return plan, applied
+
+
+def _ticking(job: SalvageJob, step: str, total: int) -> Tick:
+    """Return what tells the progress of a step, at most some two hundred times."""
+    every = max(1, total // 200)
+
+    def tick(done: int) -> None:
+        if done % every == 0 or done == total:
+            job.progress(Progress(step, done, total))
+
+    return tick
 
 
 def _give_up(job: SalvageJob) -> None:
@@ -168,7 +182,7 @@ def _verify(job: SalvageJob, plan: Plan, applied: Applied) -> Verified:
         job.substrate.writing(job.workspace) as device,
         mounted(device, job.mount_point, job.dmi.head.filesystem, read_only=True) as mount_fd,
     ):
-        verified = verify(plan, job.dmi, applied, mount_fd, lambda done: job.progress(Progress("verify", done, total)))
+        verified = verify(plan, job.dmi, applied, mount_fd, _ticking(job, "verify", total))
     failpoint("recovery.after_verify")
     return verified
 

@@ -31,6 +31,7 @@ def write_durably(path: Path, content: bytes | Iterable[bytes], *, mode: int = 0
         temporary.unlink(missing_ok=True)
         raise
     sync_directory(path.parent)
+    failpoint("files.after_rename")
 
 
 def rename_durably(old: Path, new: Path) -> None:

@@ -25,7 +25,7 @@ from mgmt.authority import Authority
 from mgmt.determination import Policy, determine
 from mgmt.drill import workload
 from mgmt.drill.evidence import checker_statement
-from mgmt.report import Circumstances, Seconds, state
+from mgmt.report import Circumstances, LossStatement, Seconds, state
 from tests.faults.rig import MIB, NodeProcess, Pair, Pool, copy_tree
 
 SIZES = {FilesystemKind.EXT4: 96 * MIB, FilesystemKind.XFS: 320 * MIB}
@@ -117,7 +117,7 @@ def follow(case: Case, pair: Pair, differential: m.Differential) -> Followed:
     pair.nas2.kill()
     copy_tree(pair.nas2.folder, case.folder2 / "salvage")
     salvaged = _salvage(case, NodeProcess(case.folder2 / "salvage", "nas2"))
-    sent = _resume(case, pair, differential)
+    sent = resume(case, pair, differential)
     return replace(salvaged, sent_on_resume=sent)
 
 
@@ -137,7 +137,7 @@ def _salvage(case: Case, nas2: NodeProcess) -> Followed:
         return _salvage_known(case, nas2, dmi_bytes, arrival_bytes)
     finally:
         nas2.kill()
-        _release(nas2)
+        release(nas2)
 
 
 def _salvage_known(case: Case, nas2: NodeProcess, dmi_bytes: bytes, arrival_bytes: bytes) -> Followed:
@@ -149,17 +149,26 @@ def _salvage_known(case: Case, nas2: NodeProcess, dmi_bytes: bytes, arrival_byte
         m.UpdateInstruction(case.transfer, digest.hex(), tuple(verdicts.designated.tolist()), verdicts.deletions, verdicts.complete)
     )
     assert done.generation.kind is GenerationKind.SALVAGED
+    loss = check_salvaged(case, nas2, done.generation.id, done)
+    assert images_equal(nas2.image(case.base), case.source_image(case.base)), "the base is not readable any more"
+    return Followed(False, True, loss.files.recovered, loss.files.changed, int(arrival.complete.sum()), None)
+
+
+def check_salvaged(case: Case, nas2: NodeProcess, generation: GenerationId, done: m.Salvaged | None = None) -> LossStatement:
+    """Let the independent checker look at a salvaged generation; ``done`` is NAS 2's word on it, if it lived to say it."""
+    dmi_bytes, arrival_bytes = nas2.ask(m.FetchDmi(case.transfer)), nas2.ask(m.FetchArrival(case.transfer))
+    dmi, digest = Dmi.decode(dmi_bytes), identity(memoryview(dmi_bytes))
+    arrival = decode_arrival(arrival_bytes, transfer=case.transfer, dmi_digest=digest, pieces=dmi.piece_total)
     circumstances = Circumstances("nas1", "nas2", "test", 0, "test")
-    loss = state(dmi, arrival, verdicts, circumstances, Seconds(0, 0, 0), salvaged=done)
-    opened: m.Opened = nas2.ask(m.OpenGeneration(done.generation.id))
+    loss = state(dmi, arrival, determine(dmi, arrival, Policy()), circumstances, Seconds(0, 0, 0), salvaged=done)
+    opened: m.Opened = nas2.ask(m.OpenGeneration(generation))
     work = nas2.folder
     (work / "loss.json").write_text(json.dumps(checker_statement(loss)))
     (work / "dmi").write_bytes(dmi_bytes)
     (work / "arrival").write_bytes(arrival_bytes)
     check(case, Path(opened.path), work)
-    nas2.ask(m.CloseGeneration(done.generation.id))
-    assert images_equal(nas2.image(case.base), case.source_image(case.base)), "the base is not readable any more"
-    return Followed(False, True, loss.files.recovered, loss.files.changed, int(arrival.complete.sum()), None)
+    nas2.ask(m.CloseGeneration(generation))
+    return loss
 
 
 def check(case: Case, result: Path, work: Path) -> None:
@@ -183,7 +192,8 @@ def images_equal(first: Path, second: Path) -> bool:
     return subprocess.run(["cmp", "-s", first, second], check=False).returncode == 0
 
 
-def _resume(case: Case, pair: Pair, differential: m.Differential) -> m.Sent | None:
+def resume(case: Case, pair: Pair, differential: m.Differential) -> m.Sent:
+    """Send the differential again between two nodes that do not run: it converges within two tries, and nothing is left over."""
     pair.nas1.start()
     pair.nas2.start()
     try:
@@ -201,11 +211,11 @@ def _resume(case: Case, pair: Pair, differential: m.Differential) -> m.Sent | No
     finally:
         pair.nas1.kill()
         pair.nas2.kill()
-        _release(pair.nas1)
-        _release(pair.nas2)
+        release(pair.nas1)
+        release(pair.nas2)
 
 
-def _release(node: NodeProcess) -> None:
+def release(node: NodeProcess) -> None:
     """Unmount what a killed agent left mounted below its folder; fail if a loop device of it lives on afterwards."""
     for line in reversed(Path("/proc/mounts").read_text().splitlines()):
         where = line.split()[1]

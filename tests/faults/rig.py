@@ -121,6 +121,42 @@ class NodeProcess:
         assert not self.process.is_alive(), f"{self.name} lives on:\n{self.log()}"
         self.process = None
 
+    def start_armed(self, *points: str) -> None:
+        """Start the agent with failpoints armed, each ``name=action:nth``."""
+        self._trace.unlink(missing_ok=True)
+        self.start(**self._armed(points))
+
+    def die_at_start(self, *points: str) -> None:
+        """Start the agent, which dies by a failpoint before it answers."""
+        self._trace.unlink(missing_ok=True)
+        process = FORKS.Process(target=_serve, args=(str(self.folder), self.name, self._armed(points)))
+        process.start()
+        self.process = process
+        self.died_by(points[-1])
+
+    def died_by(self, point: str) -> None:
+        """Assert that the agent died, or dies soon, by SIGKILL at ``point``, and that this is the last point that it passed."""
+        assert self.process is not None
+        self.process.join(ANSWER_S)
+        assert self.process.exitcode == -signal.SIGKILL, f"{self.name} did not die at {point}: {self.process.exitcode}\n{self.log()}"
+        self.process = None
+        assert point.partition("=")[0] in self.passed(), f"{self.name} died before {point}"
+
+    def passed(self) -> list[str]:
+        """Return the failpoints that the agent passed since ``start_armed``, in order."""
+        return self._trace.read_text().split() if self._trace.exists() else []
+
+    @property
+    def _trace(self) -> Path:
+        return self.folder / "trace"
+
+    def _armed(self, points: tuple[str, ...]) -> dict[str, str]:
+        return {
+            "LANDFALL_ALLOW_FAILPOINTS": "1",
+            "LANDFALL_FAILPOINTS": ";".join(points),
+            "LANDFALL_FAILPOINT_TRACE": str(self._trace),
+        }
+
     def log(self) -> str:
         """Return what the agent said."""
         path = self.folder / "agent.log"
@@ -213,6 +249,7 @@ class Pair:
         route: Callable[[str, int], tuple[str, int]] = lambda address, port: (address, port),
         streams: int = 2,
         silence_limit_s: float = 5.0,
+        rate_limit_bytes_s: int = 0,
         on_progress: Callable[[m.Progress], None] | None = None,
     ) -> m.Sent:
         """Send an already built transfer; raises what the sender raises."""
@@ -222,7 +259,10 @@ class Pair:
         )
         address, port = route(listening.address, listening.port)
         answer = self.nas1.ask(
-            m.SendTransfer(transfer, address, port, differential, streams, passes.token, passes.sender, silence_limit_s), on_progress
+            m.SendTransfer(
+                transfer, address, port, differential, streams, passes.token, passes.sender, silence_limit_s, rate_limit_bytes_s
+            ),
+            on_progress,
         )
         assert isinstance(answer, m.Sent)
         return answer

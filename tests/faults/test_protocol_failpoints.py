@@ -1,0 +1,154 @@
+"""Every step of the protocol has a failpoint before it and one after it; the agent dies at each, and what is left is salvaged and resumed."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from agent.contract import messages as m
+from tests.faults import phases
+from tests.faults.case import Case
+from tests.faults.phases import Phase
+
+AGENT = Path(__file__).parents[2] / "agent"
+CLONES = ("begin", "operational")
+"""What ``substrate.{step}`` stands for: a workspace's clone and the operational image's."""
+
+SOURCE = (
+    "src.before_connect",
+    "src.after_connect",
+    "src.before_mgmtinfo",
+    "src.within_mgmtinfo",
+    "src.after_mgmtinfo",
+    "src.after_dmi_stored",
+    "src.before_batch:2",
+    "src.within_batch:2",
+    "src.after_batch:2",
+    "src.before_commit",
+    "src.after_finish",
+    "src.after_commit",
+    "src.before_release",
+    "src.after_release",
+)
+TARGET = (
+    "dst.before_listen",
+    "dst.after_listen",
+    "dst.after_accept",
+    "dst.before_dmi_durable",
+    "files.before_rename:4",
+    "files.after_rename:4",
+    "dst.after_dmi_durable",
+    "dst.before_prepare",
+    "substrate.begin.before",
+    "substrate.begin.before_rename",
+    "substrate.begin.after",
+    "loop.attached",
+    "dst.after_prepare",
+    "dst.before_write:2",
+    "dst.after_write:2",
+    "dst.before_datasync",
+    "dst.after_datasync",
+    "dst.before_record",
+    "dst.after_record",
+    "dst.before_verify",
+    "dst.after_verify",
+    "dst.before_commit",
+    "substrate.commit.before_rename",
+    "substrate.commit.after_rename",
+    "dst.after_commit",
+    "dst.before_ack",
+    "dst.after_ack",
+)
+TELLING = ("dst.before_notification", "dst.after_notification")
+HEALING = (
+    "substrate.begin.before:2",
+    "substrate.begin.before_rename:2",
+    "substrate.begin.after:2",
+    "dst.after_write:2",
+    "substrate.replace.before",
+    "substrate.replace.after",
+    "substrate.commit.before_rename",
+)
+SALVAGE = (
+    "recovery.before_clone",
+    "substrate.begin.before_rename",
+    "recovery.after_clone",
+    "recovery.before_mount",
+    "recovery.after_mount",
+    "recovery.file:1",
+    "recovery.file:20",
+    "recovery.before_namespace",
+    "recovery.after_namespace",
+    "recovery.before_verify",
+    "recovery.after_verify",
+    "recovery.before_commit",
+    "substrate.commit.before_rename",
+    "substrate.commit.after_rename",
+    "recovery.after_commit",
+    "recovery.before_record",
+    "recovery.after_record",
+)
+UNDO = ("substrate.drop.before", "substrate.drop.half", "substrate.drop.after")
+DROP = UNDO
+DISCARD = ("substrate.discard.before", "substrate.discard.after", "dst.before_discard", "dst.after_discard")
+TAKE = (
+    "substrate.take.before_freeze",
+    "substrate.take.frozen",
+    "substrate.take.after_thaw",
+    "substrate.take.before_record",
+    "substrate.take.before_rename",
+    "substrate.take.after",
+)
+BUILD = (
+    "src.before_build",
+    "differential.table_stored",
+    "differential.names_stored",
+    "src.before_dmi_durable",
+    "src.after_build",
+)
+SERVE = (
+    "substrate.operational.before",
+    "substrate.operational.before_rename",
+    "substrate.operational.after",
+    "serve.after_role",
+    "serve.after_mount",
+)
+CREATE = ("substrate.create.before", "substrate.create.before_rename", "substrate.create.after")
+REMOVE = ("substrate.remove.before", "substrate.remove.renamed", "substrate.remove.after")
+
+FAILPOINTS: tuple[tuple[Phase, tuple[str, ...]], ...] = (
+    (phases.create_dies, CREATE),
+    (phases.remove_dies, REMOVE),
+    (phases.take_dies, TAKE),
+    (phases.drop_dies, DROP),
+    (phases.build_dies, BUILD),
+    (phases.source_dies, SOURCE),
+    (phases.target_dies, TARGET),
+    (phases.target_dies_telling, TELLING),
+    (phases.target_dies_healing, HEALING),
+    (phases.salvage_dies, SALVAGE),
+    (phases.undo_dies, UNDO),
+    (phases.discard_dies, DISCARD),
+    (phases.serve_dies, SERVE),
+)
+"""Which agent, in which phase, dies at which failpoint (and at its which passing)."""
+
+ROWS = [(phase, point) for phase, points in FAILPOINTS for point in points]
+
+
+def test_every_failpoint_of_the_agent_has_a_row_here() -> None:
+    named = {name for path in AGENT.rglob("*.py") for name in re.findall(r'failpoint(?:\(|, )f?"([^"]+)"', path.read_text())}
+    named = {name.replace("{step}", step) for name in named for step in CLONES}
+    assert named == {point.partition(":")[0] for _, point in ROWS}
+
+
+@pytest.mark.parametrize(("phase", "point"), ROWS, ids=[f"{phase.__name__}-{point.replace(':', '-')}" for phase, point in ROWS])
+def test_the_agent_dies_at_every_step_and_nothing_is_lost(
+    phase: Phase, point: str, request: pytest.FixtureRequest
+) -> None:
+    number = ROWS.index((phase, point))
+    case: Case = request.getfixturevalue(("ext4_case", "xfs_case")[number % 2])
+    name, _, passing = point.partition(":")
+    phase(case, f"{name}=kill:{passing or 1}", tuple(m.Differential)[number // 2 % 2])
