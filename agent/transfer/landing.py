@@ -1,13 +1,14 @@
 """Pieces onto the landing volume: checked against the DMI and against the base here, written, made durable, and only then recorded.
 
-``take`` is called by the threads of the streams, ``record`` by one thread that commits what they wrote in groups: fdatasync of the landing
-volume (and of the healed base), then a batch of the arrival record. If we die in between, the pieces are there and not recorded, and are
-sent again.
+The streams' threads offer batches, workers take them, and one thread commits in groups what they wrote: fdatasync of the landing volume
+(and of the healed base), then a batch of the arrival record. If we die in between, the pieces are there and not recorded, and are sent
+again.
 """
 
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
@@ -33,6 +34,13 @@ _BASE_DIFFERS: Final = np.uint8(Arrived.BASE_DIFFERS)
 _HEALED: Final = np.uint8(Arrived.HEALED)
 
 _COMPLETE: Final = _UPDATE | _DIFFERENTIAL
+
+_WAITING: Final = 4
+"""Batches that came and wait for a worker: the bound on memory, and what makes a fast source wait."""
+
+_GROUP: Final = 32
+_GROUP_S: Final = 0.05
+"""A group commit is of so many batches, or of what comes in so many seconds after the first."""
 
 _VERIFIED_BLOCKS: Final = 1 << 18
 """Blocks whose digests are held at once when the landing volume is read back: 2 MiB of digests."""
@@ -63,38 +71,65 @@ class Landing:
         self._state = writer.bits.copy()  # what the record will say once what is pending is durable
         self._changed = threading.Condition()
         self._pending: list[tuple[U32, NDArray[np.uint8]]] = []
+        self._waiting: deque[Batch] = deque()
         self._taking = 0
         self._closed = False
         self.complete = int(np.count_nonzero(_complete(self._state)))
 
-    def buffer(self) -> memoryview:
-        """Return memory for one thread's ``take``."""
-        return aligned(MAX_RAW_BYTES)
+    def offer(self, batch: Batch) -> None:
+        """Hand a batch over to the workers, waiting while too many wait already; LinkLost after the end."""
+        with self._changed:
+            self._changed.wait_for(lambda: len(self._waiting) < _WAITING or self._closed)
+            if self._closed:
+                raise LinkLost("a batch came after the end")
+            self._waiting.append(batch)
+            self._changed.notify_all()
+
+    def work(self) -> None:
+        """Take batches that wait until the end, and those that wait then. Any number of threads may work."""
+        buffer = aligned(MAX_RAW_BYTES)
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._closed)
+                if not self._waiting:
+                    return
+                batch = self._waiting.popleft()
+                self._taking += 1
+                self._changed.notify_all()
+            try:
+                self.take(batch, buffer)
+            except BaseException:
+                with self._changed:
+                    self._waiting.clear()
+                self.stop()
+                raise
+            finally:
+                with self._changed:
+                    self._taking -= 1
+                    self._changed.notify_all()
 
     def take(self, batch: Batch, buffer: memoryview) -> None:
         """Check a batch and write it; its pieces are recorded by a later ``record``. ProtocolViolated, DeviceFailed.
 
-        A piece that came before is checked and not written again; other data for it does not pass the check.
+        A piece that came before is checked and not written again; other data for it does not pass the check. ``buffer`` is aligned.
         """
+        rows, bits = self._take(batch, buffer)
         with self._changed:
-            if self._closed:
-                raise LinkLost("a batch came after the end")
-            self._taking += 1
-        try:
-            rows, bits = self._take(batch, buffer)
-            with self._changed:
-                self._state[rows] = bits
-                self._pending.append((rows, bits))
-        finally:
-            with self._changed:
-                self._taking -= 1
-                self._changed.notify_all()
+            bits |= self._state[rows]
+            bits[(bits & _DIFFERENTIAL) != 0] &= ~_BASE_DIFFERS
+            self._state[rows] = bits
+            self._pending.append((rows, bits))
+            self._changed.notify_all()
 
     def record(self, timeout_s: float) -> Recorded | None:
-        """Make durable and record what was written so far; None if nothing came within ``timeout_s``."""
+        """Make durable and record what was written so far; None if nothing came within ``timeout_s``.
+
+        One sync serves what comes within a moment: it costs the same for one batch as for many.
+        """
         with self._changed:
             if not self._changed.wait_for(lambda: self._pending or self._closed, timeout_s) or not self._pending:
                 return None
+            self._changed.wait_for(lambda: self._closed or len(self._pending) >= _GROUP, _GROUP_S)
             pending, self._pending = self._pending, []
         rows = np.concatenate([rows for rows, _ in pending])
         bits = np.concatenate([bits for _, bits in pending])
@@ -141,7 +176,7 @@ class Landing:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-            self._changed.wait_for(lambda: not self._taking)
+            self._changed.wait_for(lambda: not self._taking and not self._waiting)
 
     def _take(self, batch: Batch, buffer: memoryview) -> tuple[U32, NDArray[np.uint8]]:
         dmi, rows = self._dmi, batch.rows

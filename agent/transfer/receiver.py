@@ -44,6 +44,8 @@ _STRANGERS: Final = 4
 
 _GROUP_COMMIT_S: Final = 0.5
 _LINGER_S: Final = 3.0
+_WORKERS: Final = 4
+"""Threads that check and write pieces."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,6 +258,8 @@ class Receiver:
             state = writer.bits.tobytes()
             for at in range(0, len(state), frames.CHUNK_BYTES):
                 first.send(frames.encode(FrameType.STATE, [state[at : at + frames.CHUNK_BYTES]]))
+            for _ in range(_WORKERS):
+                self._group.start(landing.work)
             self._group.start(lambda: self._read(first, landing), listens=True)
             try:
                 self._record(first, landing, dmi.piece_total)
@@ -383,11 +387,10 @@ class Receiver:
 
     def _read(self, stream: Stream, landing: Landing) -> None:
         """Take what a stream brings until the source is done."""
-        buffer = landing.buffer()
         while True:
             frame = self._next(stream)
             if frame.type is FrameType.BATCH:
-                landing.take(frames.decode_batch(frame), buffer)
+                landing.offer(frames.decode_batch(frame))
             elif frame.type is FrameType.FINISH:
                 self._finish.set()
                 landing.stop()

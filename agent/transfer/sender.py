@@ -1,6 +1,6 @@
 """NAS 1's side of one transfer: connect, prove who we are, send the DMI and then what the other side lacks of the pieces, in send order.
 
-Every stream has a thread that reads from the volumes and sends, and one that listens. Death of this side at any point leaves the other with
+Every stream has threads that read from the volumes and send, and one that listens. Death of this side at any point leaves the other with
 what it recorded; the next ``send`` of the same transfer sends only what is missing.
 """
 
@@ -39,6 +39,8 @@ from agent.transfer.rate import RateLimit
 from agent.transfer.stream import HEARTBEAT_S, Stream
 
 _ROWS: Final = 4096
+_READERS: Final = 2
+"""Threads of each stream: one reads from the volumes while the other sends."""
 _SAMPLE_BYTES: Final = 64 * 1024
 _PAYS: Final = 0.85
 """Compression pays if what it makes is at most this share of what it is made of."""
@@ -286,7 +288,7 @@ class _Sending:
         streams = [first, *(self._connect(number)[0] for number in range(1, self._job.streams))]
         for stream in streams[1:]:
             self.group.start(partial(self._listen, stream, work), listens=True)
-        for stream in streams:
+        for stream in streams * _READERS:
             self._writers.start(partial(self._write, stream, work, generations))
         work.wait()
         if self.group.ended.is_set():

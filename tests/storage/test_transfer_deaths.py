@@ -55,6 +55,7 @@ TARGET_STEPS = [
     "dst.before_ack",
     "dst.after_ack",
 ]
+SLOWLY = {"rate_limit_bytes_s": 1 << 20}  # so that pieces come in several groups
 SPAWN = multiprocessing.get_context("spawn")
 
 
@@ -66,7 +67,7 @@ def test_every_failpoint_of_the_transfer_is_passed_here() -> None:
 
 def send_in_child(folder: Path, made: Differential1, material: TlsMaterial, port: int, changes: dict[str, Any]) -> None:
     try:
-        send(Scene(folder, made).send_job(port, tls=material, **changes))
+        send(Scene(folder, made).send_job(port, tls=material, **SLOWLY, **changes))
     except LandfallError as error:
         sys.exit(error.exit_code)
 
@@ -145,7 +146,7 @@ def test_B_the_target_dies(scene: Scene, step: str) -> None:
     with child(receive_in_child, *arguments, failpoints=armed(step, "kill")) as process:
         assert heard.poll(60)
         try:
-            outcome: Any = send(scene.send_job(heard.recv(), **changes))
+            outcome: Any = send(scene.send_job(heard.recv(), **SLOWLY, **changes))
         except LandfallError as error:
             outcome = error
         process.join(60)
@@ -163,7 +164,7 @@ def test_B10_the_target_dies_in_every_run_and_progress_never_goes_back(scene: Sc
         with child(receive_in_child, *arguments, failpoints=armed(step, "kill")) as process:
             assert heard.poll(60)
             with pytest.raises(LinkLost):
-                send(scene.send_job(heard.recv()))
+                send(scene.send_job(heard.recv(), **SLOWLY))
             process.join(60)
             assert process.exitcode == -signal.SIGKILL
         had.append(scene.check_recorded())
