@@ -115,8 +115,6 @@ def make_plan(
     create = sorted(placed & names.fresh)
     update = sorted(row for row in set(designated) & placed if row not in names.fresh)
     root_row = names.root_row if names.root_row in set(designated) else UNLISTED
-    moving = [placement for placement in move + remove if set(placement.leave) != set(placement.names) or placement.aside]
-    removing = {placement.row for placement in remove}
     return Plan(
         names.root,
         root_row,
@@ -124,7 +122,7 @@ def make_plan(
         tuple(create),
         tuple(update),
         {row: tuple(names.target[row]) for row in (*create, *update)},
-        tuple(placement for placement in moving if placement.row not in removing),
+        tuple(placement for placement in move if placement.leave or placement.take or placement.aside),
         tuple(remove),
         names.unlisted,
         tuple(outcomes),
