@@ -136,6 +136,7 @@ class ReflinkSubstrate:
                 files.rename_durably(folder, gone)
                 failpoint("substrate.remove.renamed")
                 shutil.rmtree(gone)
+            failpoint("substrate.remove.after")
         finally:
             for image_fd in held:
                 os.close(image_fd)
@@ -175,11 +176,11 @@ class ReflinkSubstrate:
                     _refuse_other_mount(mount_point, operational)
                     sync_mounted(mount_point)
                     with _opened(self._image(self.generations(volume)[-1].id)) as newest:
-                        clone_ahead(source, clone, newest)
+                        cloned = clone_ahead(source, clone, newest)
                     failpoint("substrate.take.before_freeze")
                     with frozen(mount_point) as freeze:
                         failpoint("substrate.take.frozen")
-                        catch_up(source, clone)
+                        catch_up(source, clone, cloned)
                     milliseconds = freeze.milliseconds
                     failpoint("substrate.take.after_thaw")
                 _refuse_size(clone, record, new)

@@ -12,6 +12,7 @@ from typing import Final
 
 from agent.contract.identity import BLOCK_BYTES
 from agent.system import block
+from agent.system.block import ExtentMap
 from agent.volume.extents import changed_ranges
 
 _PASSES: Final = 4
@@ -19,20 +20,24 @@ _FEW_RANGES: Final = 64
 _STEP_BYTES: Final = 64 << 20  # the kernel locks the live image for as long as one range takes
 
 
-def clone_ahead(image_fd: int, clone_fd: int, newest_fd: int) -> None:
-    """Bring an empty clone near to a live image, beginning with the image's newest generation."""
+def clone_ahead(image_fd: int, clone_fd: int, newest_fd: int) -> ExtentMap:
+    """Bring an empty clone near to a live image, beginning with the image's newest generation; return the clone's extents."""
     block.clone(newest_fd, clone_fd)
     left = None
     for _ in range(_PASSES):
-        ranges = catch_up(image_fd, clone_fd)
+        ranges = catch_up(image_fd, clone_fd, block.extent_map(clone_fd))
         if ranges <= _FEW_RANGES or (left is not None and ranges > left // 2):
             break
         left = ranges
+    return block.extent_map(clone_fd)
 
 
-def catch_up(image_fd: int, clone_fd: int) -> int:
-    """Let the clone share all that the image has now; return how many ranges differed. Exact if nobody writes the image meanwhile."""
-    first, count = changed_ranges(block.extent_map(image_fd), block.extent_map(clone_fd))
+def catch_up(image_fd: int, clone_fd: int, cloned: ExtentMap) -> int:
+    """Let the clone, whose extents are ``cloned``, share all that the image has now; return how many ranges differed.
+
+    Exact if nobody writes the image meanwhile.
+    """
+    first, count = changed_ranges(block.extent_map(image_fd), cloned)
     starts, lengths = (first * BLOCK_BYTES).tolist(), (count * BLOCK_BYTES).tolist()
     for start, length in zip(starts, lengths, strict=True):
         for offset in range(start, start + length, _STEP_BYTES):

@@ -73,9 +73,10 @@ def write(device: Path, block: int, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def read(device: Path, block: int = 0, blocks: int = BLOCKS) -> bytes:
+def read(device: Path, block: int = 0, blocks: int | None = None) -> bytes:
     with open(device, "rb", buffering=0) as file:
-        parts, at, end = [], block * BLOCK_BYTES, (block + blocks) * BLOCK_BYTES
+        size = os.lseek(file.fileno(), 0, os.SEEK_END)
+        parts, at, end = [], block * BLOCK_BYTES, size if blocks is None else (block + blocks) * BLOCK_BYTES
         while at < end:
             parts.append(os.pread(file.fileno(), end - at, at))
             assert parts[-1], "short device"

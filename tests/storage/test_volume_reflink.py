@@ -266,6 +266,44 @@ def served(substrate: ReflinkSubstrate, kind: FilesystemKind, mount_point: Path)
             filesystem.unmount(mount_point)
 
 
+def test_a_snapshot_under_load_is_what_the_image_was_when_frozen(substrate: ReflinkSubstrate, tmp_path: Path) -> None:
+    mount_point = tmp_path / "served"
+    with served(substrate, FilesystemKind.EXT4, mount_point) as volume:
+        (mount_point / "file").write_bytes(bytes(16 << 20))
+        operational = substrate.pool.volumes / str(volume.id) / "operational.img"
+        stop = threading.Event()
+
+        def rewrite() -> None:
+            file_fd = os.open(mount_point / "file", os.O_RDWR)
+            n = 0
+            while not stop.is_set():
+                os.pwrite(file_fd, n.to_bytes(8, "little") * 512, n * 37 % 4096 * 4096)
+                if n % 50 == 0:
+                    os.fdatasync(file_fd)
+                n += 1
+            os.close(file_fd)
+
+        writer = threading.Thread(target=rewrite)
+        writer.start()
+        try:
+            for _ in range(4):
+                facts = facts_after(substrate, volume.id)
+                seen: list[bytes] = []
+
+                def look_and_catch_up(source: int, destination: int, cloned: block.ExtentMap, seen: list[bytes] = seen) -> int:
+                    ranges = catch_up(source, destination, cloned)
+                    seen.append(operational.read_bytes())
+                    return ranges
+
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setattr(reflink, "catch_up", look_and_catch_up)
+                    substrate.take(volume.id, mount_point, facts)
+                assert content(substrate, facts.id) == seen[0]
+        finally:
+            stop.set()
+            writer.join()
+
+
 @pytest.mark.parametrize("kind", [FilesystemKind.EXT4, FilesystemKind.XFS], ids=str)
 def test_generations_of_a_served_volume_are_consistent_and_exact(substrate: ReflinkSubstrate, tmp_path: Path, kind: FilesystemKind) -> None:
     with served(substrate, kind, tmp_path / "served") as volume:
@@ -373,9 +411,9 @@ def test_a_frozen_volume_that_is_thawed_too_early_makes_no_generation(
 ) -> None:
     with served(substrate, FilesystemKind.EXT4, tmp_path / "served") as volume:
 
-        def thawed(source: int, destination: int) -> int:
+        def thawed(source: int, destination: int, cloned: block.ExtentMap) -> int:
             subprocess.run(["fsfreeze", "-u", tmp_path / "served"], check=True)
-            return catch_up(source, destination)
+            return catch_up(source, destination, cloned)
 
         monkeypatch.setattr(reflink, "catch_up", thawed)
         with pytest.raises(FreezeFailed):
