@@ -23,6 +23,9 @@ def check_instruction(instruction: UpdateInstruction, dmi: Dmi, arrival: Arrival
         raise RequestRefused("the update instruction designates rows that are not in the DMI, or one twice")
     for row in rows[(dmi.change[rows] & Change.DELETED) != 0].tolist():
         raise RequestRefused(f"the update instruction designates a deleted file: {name_of(dmi, row)}")
+    judged = np.flatnonzero((dmi.change & np.uint8(Change.DELETED | Change.NAMELESS)) == 0)
+    if instruction.complete and len(np.setdiff1d(judged, rows)):
+        raise RequestRefused("the update instruction says that it is complete, and leaves files out")
     complete = arrival.complete
     for row in rows.tolist():
         missing = int(np.count_nonzero(~complete[dmi.needs(row)]))

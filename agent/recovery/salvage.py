@@ -111,9 +111,15 @@ def recover(substrate: Substrate, mount_folder: Path) -> None:
             workspace = Workspace(UUID(volume), UUID(transfer), WorkspaceKind.SALVAGE)
         except ValueError:
             continue
-        unmount(mount_point)
-        if any(record.id == workspace.volume for record in substrate.volumes()):
-            substrate.discard(workspace)
+        _sweep(substrate, workspace, mount_point)
+
+
+def _sweep(substrate: Substrate, workspace: Workspace, mount_point: Path) -> None:
+    """Take away one clone and its mount, the folder last, so that a crash here is swept again."""
+    unmount(mount_point)
+    if any(record.id == workspace.volume for record in substrate.volumes()):
+        substrate.discard(workspace)
+    if mount_point.is_dir():
         mount_point.rmdir()
 
 
@@ -165,7 +171,7 @@ def _ticking(job: SalvageJob, step: str, total: int) -> Tick:
 def _give_up(job: SalvageJob) -> None:
     """Throw the clone away; where that fails too, ``recover`` does it at the next start, and the first error is the one to tell."""
     with suppress(LandfallError, OSError):
-        recover(job.substrate, job.mount_folder)
+        _sweep(job.substrate, job.workspace, job.mount_point)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from uuid import uuid4
 
 import pytest
@@ -52,6 +53,14 @@ def test_a_healed_piece_counts(dmi: Dmi) -> None:
 def test_what_cannot_be_stored_is_refused(dmi: Dmi, files: tuple[int, ...]) -> None:
     with pytest.raises(RequestRefused):
         check_instruction(instruction(*files), dmi, record(dmi))
+
+
+def test_an_instruction_that_is_complete_leaves_nothing_out(dmi: Dmi) -> None:
+    whole = record(dmi, COMPLETE)
+    said = UpdateInstruction(TRANSFER, "00" * 16, (0, 1, 2), Deletions.HOLD, complete=True)
+    assert check_instruction(said, dmi, whole) == (0, 1, 2)
+    with pytest.raises(RequestRefused, match="leaves files out"):
+        check_instruction(replace(said, files=(0, 1)), dmi, whole)
 
 
 def test_an_instruction_of_another_dmi_is_refused(dmi: Dmi) -> None:
