@@ -42,7 +42,7 @@ class Changes:
         except (FileExistsError, NotADirectoryError, IsADirectoryError, IndexError):
             return
         except OSError as error:
-            if error.errno not in (22, 36, 39, 18, 17):  # into itself, name too long, not empty, across, exists
+            if error.errno not in (1, 22, 36, 39, 18, 17):  # locked, into itself, name too long, not empty, across, exists
                 raise
 
     def _all(self, *kinds: int) -> list[bytes]:
@@ -129,8 +129,8 @@ class Changes:
                 at = self.chance.randrange(-(10**17), 2 * 10**18) if self.kind is FilesystemKind.XFS else self.chance.randrange(2 * 10**18)
                 os.utime(path, ns=(at, at), follow_symlinks=False)
             case _ if kind in (stat.S_IFREG, stat.S_IFDIR):
-                fd = os.open(path, os.O_RDONLY)
-                attributes.set_flags(fd, self.chance.choice((0, 0x40, 0x80)))
+                fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+                attributes.set_flags(fd, self.chance.choice((0, 0, 0x40, 0x80, attributes.IMMUTABLE, attributes.APPEND)))
                 os.close(fd)
             case _:
                 os.setxattr(path, b"trusted.t", b"value", follow_symlinks=False)

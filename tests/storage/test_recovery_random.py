@@ -21,6 +21,7 @@ make_scene = recovery_fixtures.make_scene
 pool = recovery_fixtures.pool
 
 FIRST = int(os.environ.get("LANDFALL_SEED", "0"))
+STEPS = int(os.environ.get("LANDFALL_STEPS", "60"))
 SEEDS = range(FIRST, FIRST + int(os.environ.get("LANDFALL_SEEDS", "4")))
 
 
@@ -43,9 +44,9 @@ def test_I3_I4_I5_a_random_part_of_random_changes(
     chance = random.Random(seed)
     scene = make_scene(kind)
     from_nothing = seed % 4 == 3
-    (scene.change if from_nothing else scene.fill)(lambda root: Changes(root, chance, kind).grow(60))
+    (scene.change if from_nothing else scene.fill)(lambda root: Changes(root, chance, kind).grow(STEPS))
     if not from_nothing:
-        scene.change(lambda root: Changes(root, chance, kind).change(50))
+        scene.change(lambda root: Changes(root, chance, kind).change(STEPS))
     built = builder(scene)
     arrival = scene.land(built, torn(built, chance))
     deletions = chance.choice(list(Deletions))
