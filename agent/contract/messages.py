@@ -205,6 +205,7 @@ class AdmitReplica:
     name: str
     filesystem: FilesystemKind
     size_bytes: int
+    sector_bytes: int = 512
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,9 +15,10 @@ from uuid import UUID
 import numpy as np
 
 from agent.contract import messages as m
+from agent.contract.arrival import Arrived
 from agent.contract.closure import whole_files
 from agent.contract.dmi import HOLE, Change, Dmi
-from agent.contract.errors import BaseMismatch, DeviceBusy, LandfallError, NoSuchTransfer, RecordMalformed, TransferBusy
+from agent.contract.errors import BaseMismatch, DeviceBusy, LandfallError, NoSpace, NoSuchTransfer, RecordMalformed, TransferBusy
 from agent.contract.identity import BLOCK_BYTES, GenerationId, GenerationKind
 from agent.differential.build import BuildRequest, build
 from agent.differential.reader import View
@@ -272,6 +273,7 @@ def _receive_job(node: Node, transfer: TransferRecord, arguments: m.ReceiveTrans
             if node.store.arrival(transfer.id, node.store.dmi_digest(transfer.id), dmi.piece_total).batches:
                 raise RecordMalformed("pieces are recorded as arrived and their landing volume is gone", fix="Discard the transfer.")
             node.substrate.begin(landing, transfer.base)
+        _need_room(node, transfer, dmi)
         node.store.set_state(transfer.id, m.TransferState.RUNNING)
         with node.substrate.writing(landing) as landing_path, node.substrate.reading(transfer.base) as base_path:
             yield Volumes(landing_path, base_path)
@@ -303,6 +305,17 @@ def _receive_job(node: Node, transfer: TransferRecord, arguments: m.ReceiveTrans
         committed=_held(node, transfer.target),
         silence_limit_s=arguments.silence_limit_s,
     )
+
+
+def _need_room(node: Node, transfer: TransferRecord, dmi: Dmi) -> None:
+    """Raise NoSpace before the first piece is taken, if what is still to come has no room."""
+    missing = (node.store.arrival(transfer.id, node.store.dmi_digest(transfer.id), dmi.piece_total).bits & Arrived.UPDATE) == 0
+    coming = int(dmi.block_count[missing & (dmi.target_hole == 0)].sum(dtype=np.uint64)) * BLOCK_BYTES
+    free = node.substrate.free_bytes()
+    if free < coming:
+        raise NoSpace(
+            f"the pool has no room for transfer {transfer.id}", cause=f"{coming >> 20} MiB are to come, {free >> 20} MiB are free"
+        )
 
 
 def place_healed(node: Node, transfer: TransferRecord) -> None:

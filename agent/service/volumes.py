@@ -40,7 +40,13 @@ def create(node: Node, arguments: m.CreateVolume, progress: ProgressCall) -> m.V
 def admit(node: Node, arguments: m.AdmitReplica, progress: ProgressCall) -> m.VolumeFacts:
     """Get ready to hold the second operational volume. Asked again for the same volume, it changes nothing."""
     record = VolumeRecord(
-        arguments.volume, plain_name(arguments.name), arguments.filesystem, arguments.size_bytes, 512, m.Role.SECONDARY, epoch=1
+        arguments.volume,
+        plain_name(arguments.name),
+        arguments.filesystem,
+        arguments.size_bytes,
+        arguments.sector_bytes,
+        m.Role.SECONDARY,
+        epoch=1,
     )
     if record in node.substrate.volumes():
         return facts_of(node, record)

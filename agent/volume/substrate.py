@@ -77,6 +77,9 @@ class Substrate(Protocol):
     def differential_device(self) -> Path:
         """The device that ``diff_block`` addresses."""
 
+    def free_bytes(self) -> int:
+        """Return how much can still be written into the differential volume."""
+
     def volumes(self) -> tuple[VolumeRecord, ...]:
         """Return every volume held here."""
 

@@ -15,7 +15,6 @@ from agent.contract.messages import Differential
 from mgmt.drill.options import Kill, Options
 from mgmt.lab.cli import Size
 
-
 PIPE_WIDTH = 120
 
 

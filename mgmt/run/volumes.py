@@ -56,7 +56,7 @@ def add_volume(
             if known is None:
                 site.catalog.forget_volume(entry.id)
             raise
-    other.ask(m.AdmitReplica(entry.id, name, filesystem, size_bytes))
+    other.ask(m.AdmitReplica(entry.id, name, filesystem, size_bytes, sector_bytes))
     return facts
 
 
