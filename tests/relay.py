@@ -18,9 +18,11 @@ class Relay:
     flip_at: int | None = None  # this byte to the target is changed
     stall_at: int | None = None  # from this byte on nothing is forwarded either way, and nothing closed
     mute_at: int | None = None  # from this byte on nothing comes back from the target
+    only_connection: int | None = None  # the cut is of this connection alone, counted from 0, at its own bytes
     on_bytes: Callable[[int], None] = lambda _: None
     to_target: int = 0
     to_source: int = 0
+    _accepted: int = 0
 
     @contextlib.contextmanager
     def before(self, port: int) -> Iterator[int]:
@@ -57,16 +59,20 @@ class Relay:
 
     def _connect(self, listener: socket.socket, port: int, selector: selectors.BaseSelector, open_sockets: list[socket.socket]) -> None:
         source = listener.accept()[0]
-        if self._cut():
+        number, self._accepted = self._accepted, self._accepted + 1
+        if self._cut() and self.only_connection is None:
             source.close()
             return
         target = socket.create_connection(("127.0.0.1", port))
         open_sockets += [source, target]
-        selector.register(source, selectors.EVENT_READ, (source, target, True))
-        selector.register(target, selectors.EVENT_READ, (target, source, False))
+        selector.register(source, selectors.EVENT_READ, (source, target, True, number))
+        selector.register(target, selectors.EVENT_READ, (target, source, False, number))
 
     def _forward(self, key: selectors.SelectorKey, selector: selectors.BaseSelector) -> None:
-        origin, other, forth = key.data
+        origin, other, forth, number = key.data
+        if self.only_connection is not None and number != self.only_connection:
+            self._pass_on(origin, other, selector)
+            return
         room = 1 << 16
         if forth and self.cut_at is not None:
             room = max(min(room, self.cut_at - self.to_target), 1)
@@ -96,10 +102,18 @@ class Relay:
             other.sendall(data)
         if self._cut():
             for each in list(selector.get_map().values()):
-                if each.data is not None:
+                if each.data is not None and self.only_connection in (None, each.data[3]):
                     selector.unregister(each.fileobj)
                     with contextlib.suppress(OSError):
                         each.fileobj.shutdown(socket.SHUT_RDWR)  # type: ignore[union-attr]
+
+    def _pass_on(self, origin: socket.socket, other: socket.socket, selector: selectors.BaseSelector) -> None:
+        with contextlib.suppress(OSError):
+            if data := origin.recv(1 << 16):
+                other.sendall(data)
+                return
+            other.shutdown(socket.SHUT_WR)
+        selector.unregister(origin)
 
     def _cut(self) -> bool:
         return self.cut_at is not None and self.to_target >= self.cut_at

@@ -44,7 +44,7 @@ _STRANGERS: Final = 4
 
 _GROUP_COMMIT_S: Final = 0.5
 _LINGER_S: Final = 3.0
-_WORKERS: Final = 4
+_WORKERS: Final = 8
 """Threads that check and write pieces."""
 
 

@@ -59,7 +59,7 @@ def measure(size_mib: int, rounds: int, folder: Path) -> Measured:
     """Return the medians over a differential of nearly all of a volume of ``size_mib``."""
     with ExitStack() as stack:
         work = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=folder)))
-        made = make_differential(work, blocks=size_mib * 256, pieces=size_mib * 3)
+        made = make_differential(work, blocks=size_mib * 256, pieces=size_mib)
         target, base = (stack.enter_context(attached(image, read_only=True)) for image in (made.target, made.base))
         copies: list[float] = []
         speeds: dict[str, list[float]] = {}

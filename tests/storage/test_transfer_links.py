@@ -1,16 +1,28 @@
 """Bad links: cut, damaged, silent one way or both, at any byte; a resume sends what is missing and nothing else."""
 
+import socket
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from agent.blockio.device import Device
+from agent.contract import frames
+from agent.contract.columns import identity
 from agent.contract.errors import LinkLost
+from agent.contract.frames import Batch, FrameType, Hello
 from agent.contract.messages import Differential, Sent
 from agent.system.clock import monotonic_s
-from agent.transfer.receiver import Received
+from agent.transfer import tls
+from agent.transfer.landing import Landing
+from agent.transfer.receiver import Received, Receiver
+from agent.transfer.sender import send
+from agent.transfer.stream import Stream
 from tests.relay import Relay
-from tests.transfer_scene import Scene, make_differential, transfer_threads
+from tests.transfer_scene import NAS2, Scene, make_differential, transfer_threads
 
 
 @pytest.mark.parametrize("differential", list(Differential))
@@ -76,3 +88,105 @@ def test_A9_an_acknowledgement_lost_after_the_commit_leaves_the_target_committed
     sent, _ = scene.transfer(receiving={"committed": True})
     assert isinstance(sent, Sent), sent
     assert (sent.pieces_sent, scene.committed) == (0, 1)
+
+
+@pytest.mark.parametrize("connection", [0, 1, 2])
+def test_D8_one_stream_of_several_dies_and_only_what_is_missing_is_sent_again(tmp_path: Path, connection: int) -> None:
+    scene = Scene(tmp_path, make_differential(tmp_path, blocks=1024, pieces=40))
+    relay = Relay(cut_at=100_000, only_connection=connection)
+    sent, received = scene.transfer(both={"streams": 3}, through=relay.before)
+    assert isinstance(sent, LinkLost), sent
+    assert isinstance(received, LinkLost), received
+    assert scene.committed == 0
+    had = scene.check_recorded()
+    sent, _ = scene.transfer(both={"streams": 3})
+    assert isinstance(sent, Sent), sent
+    assert sent.pieces_skipped == had
+    scene.check_landed()
+
+
+@pytest.mark.parametrize("cut", [1, 5, 100, 300, 517, 600, 900])
+def test_A2_a_cut_within_the_handshake_leaves_nothing_and_keeps_nobody_out(tmp_path: Path, cut: int) -> None:
+    scene = Scene(tmp_path, make_differential(tmp_path, blocks=64, pieces=4))
+    receiver = Receiver(scene.receive_job(handshake_limit_s=2.0))
+    with ThreadPoolExecutor(1) as executor:
+        received = executor.submit(receiver.run)
+        with Relay(cut_at=cut).before(receiver.port) as port, pytest.raises(LinkLost):
+            send(scene.send_job(port))
+        assert isinstance(send(scene.send_job(receiver.port)), Sent)
+        assert isinstance(received.result(timeout=30), Received)
+    scene.check_landed()
+
+
+def test_E24_a_slow_disk_is_not_taken_for_a_dead_peer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scene = Scene(tmp_path, make_differential(tmp_path, blocks=512, pieces=20))
+    silence_s, sync = 2.5, Device.sync
+
+    def slow(device: Device) -> None:
+        threading.Event().wait(2 * silence_s)
+        sync(device)
+
+    monkeypatch.setattr(Device, "sync", slow)
+    sent, received = scene.transfer(both={"silence_limit_s": silence_s})
+    assert isinstance(sent, Sent), sent
+    assert isinstance(received, Received), received
+
+
+def test_D6_a_slow_target_makes_the_source_wait_and_its_own_memory_stays_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scene = Scene(tmp_path, make_differential(tmp_path, blocks=16384, pieces=300))
+    receiver = Receiver(scene.receive_job())
+    take, stuck, full = Landing.take, threading.Event(), threading.Event()
+    entered: list[int] = []
+
+    def slow(landing: Landing, batch: Batch, buffer: memoryview) -> None:
+        entered.append(batch.raw_bytes)
+        if len(entered) == 8:
+            full.set()
+        stuck.wait(30)
+        take(landing, batch, buffer)
+
+    monkeypatch.setattr(Landing, "take", slow)
+    with ThreadPoolExecutor(2) as executor:
+        received = executor.submit(receiver.run)
+        sent = executor.submit(send, scene.send_job(receiver.port, batch_bytes=1 << 20))
+        assert full.wait(30)
+        assert not sent.done()
+        stuck.wait(1.5)  # what could still come in comes in
+        held = sum(stream.bytes_received for stream in receiver._streams.values())
+        stuck.set()
+        assert isinstance(sent.result(timeout=60), Sent)
+        assert isinstance(received.result(timeout=60), Received)
+    # 8 batches with the workers, 4 that wait, one in the hand of each stream, and the DMI.
+    assert 8 << 20 < held < 16 << 20
+    assert held < 0.6 * scene.data_bytes()
+    scene.check_landed()
+
+
+def test_D15_a_peer_that_trickles_is_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("agent.transfer.stream._FRAME_S", 1.0)
+    scene = Scene(tmp_path, make_differential(tmp_path, blocks=64, pieces=4))
+    receiver = Receiver(scene.receive_job())
+    with ThreadPoolExecutor(1) as executor:
+        received = executor.submit(receiver.run)
+        job = scene.send_job(receiver.port)
+        raw = socket.create_connection(("127.0.0.1", receiver.port), timeout=5)
+        stream = Stream.open(raw, tls.connecting(job.tls), peer=NAS2, server_side=False, limit_s=5, silence_limit_s=5)
+        hello = Hello(1, job.transfer, "right", 0, 2, Differential.VERIFY, len(job.dmi_bytes), identity(job.dmi_bytes).hex())
+        stream.send(frames.encode_hello(hello))
+        assert stream.receive().type is FrameType.WELCOME
+        begun = monotonic_s()
+        with pytest.raises(LinkLost):
+            trickle(stream, b"".join(map(bytes, frames.encode(FrameType.DMI, [scene.differential.raw]))), received)
+        assert monotonic_s() - begun > 0.9
+        assert monotonic_s() - begun < 8
+        stream.close()
+        assert isinstance(received.exception(timeout=10), LinkLost)
+
+
+def trickle(stream: Stream, frame: bytes, received: Future[Received]) -> None:
+    """Send a frame ten bytes a second until the other side has had enough."""
+    for at in range(len(frame)):
+        stream._send_all(memoryview(frame)[at : at + 1])
+        with suppress(TimeoutError):
+            received.exception(timeout=0.1)
+            stream.receive()
