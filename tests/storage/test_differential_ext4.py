@@ -296,6 +296,24 @@ def test_access_times_alone_are_no_change(folder: Path) -> None:
     told = built(folder, folder / "g1.img", folder / "g2.img")
     check_blocks(told)
     assert told.dmi.file_total == 0
+    g1, g2 = folder / "g1.img", folder / "g2.img"
+    read = int(debugfs(g2, ["stat read"]).split("Inode: ")[1].split()[0])
+    mode = int(debugfs(g2, ["stat mode"]).split("Inode: ")[1].split()[0])
+    assert Ext4Reader(raw(g1), raw(g2), changed_runs(g1, g2)).changed_inodes().inode.tolist() == [mode], read
+
+
+def test_the_map_of_a_group_that_was_never_used_is_not_believed(folder: Path) -> None:
+    image = folder / "fresh.img"
+    make_ext4(image, 512 << 20)
+    layout = read_layout(image)
+    group = int(np.flatnonzero(layout.block_uninit)[0])
+    block = max(block for block in free_blocks(image) if block // 32768 == group)
+    with open(image, "r+b") as file:
+        os.pwrite(file.fileno(), b"\xff" * 4096, int(layout.block_bitmap[group]) * 4096)
+        os.pwrite(file.fileno(), b"left over", block * 4096)
+    _, _, owners = facts(image)
+    row = int(np.searchsorted(owners.first, np.uint64(block), side="right")) - 1
+    assert int(owners.owner[row]) == Owner.FREE
 
 
 def test_a_reused_inode_number_stands_twice(folder: Path) -> None:
