@@ -207,6 +207,22 @@ class Scene:
         self.substrate.take(self.volume, None, facts)
         return facts
 
+    def live(self, *acts: Callable[[Path], list[int]]) -> None:
+        """Takes base and target under a freeze while the descriptors that the acts return are open."""
+        taken: list[GenerationFacts] = []
+        held: list[int] = []
+        with self.substrate.operational(self.volume) as device, mount(device, self.tmp / "op", self.kind, READ_WRITE) as root:
+            try:
+                for act in acts:
+                    held += act(root)
+                    counter = self.substrate.generations(self.volume)[-1].id.counter
+                    taken.append(GenerationFacts(next_generation(self.volume, 1, counter), GenerationKind.FROZEN, 1))
+                    self.substrate.take(self.volume, root, taken[-1])
+            finally:
+                for fd in held:
+                    os.close(fd)
+        self.base, self.target = taken
+
     @contextmanager
     def opened(self, generation: GenerationFacts) -> Iterator[Path]:
         where = self.tmp / f"ro-{uuid4().hex[:8]}"

@@ -480,6 +480,44 @@ def test_G13_G23_data_that_is_not_what_its_digest_says_is_damaged_and_the_base_v
     assert any(outcome.outcome is Outcome.HELD for outcome in result.exceptions)
 
 
+def test_H14_H16_files_open_and_unlinked_at_the_freeze(scene: Scene) -> None:
+    """Orphans of the base vanish when its clone is mounted, so what was an orphan and has a name again is new there."""
+    opened: list[int] = []
+
+    def unlinked(path: Path) -> int:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT)
+        os.write(fd, os.urandom(9000))
+        path.unlink()
+        return fd
+
+    def base(root: Path) -> list[int]:
+        (root / "unlinked later").write_bytes(os.urandom(9000))
+        (root / "being written").write_bytes(os.urandom(9000))
+        opened.append(os.open(root, os.O_TMPFILE | os.O_RDWR, 0o600))
+        os.write(opened[0], os.urandom(9000))
+        return [opened[0], unlinked(root / "orphan of both"), os.open(root / "being written", os.O_WRONLY | os.O_APPEND)]
+
+    def target(root: Path) -> list[int]:
+        root_fd = os.open(root, os.O_RDONLY)
+        os.link(f"/proc/self/fd/{opened[0]}", "linked at last", dst_dir_fd=root_fd, follow_symlinks=True)
+        os.close(root_fd)
+        later = os.open(root / "unlinked later", os.O_RDWR)
+        (root / "unlinked later").unlink()
+        with open(root / "being written", "ab") as file:
+            file.write(os.urandom(5000))
+        return [later, unlinked(root / "orphan of the target")]
+
+    scene.live(base, target)
+    built = scene.build_as_the_agent_does()
+    result, tree = scene.salvaged(scene.job(built, scene.land(built)))
+    assert result.exceptions == ()
+    assert tree.facts() == built.target.facts()
+    assert built.pieces(b"linked at last") == []  # its data was in the base before it had a name
+    _, tree = scene.salvaged(scene.job(built, scene.land(built, built.pieces(b"being written"))))
+    wanted = built.target.facts() | {path: built.base.node(path) for path in (b"being written", b"unlinked later")}
+    assert tree.facts() == wanted
+
+
 def test_H12_a_name_open_but_unlinked_in_the_target_is_a_deletion(scene: Scene) -> None:
     def fill(root: Path) -> None:
         (root / "open").write_bytes(os.urandom(9000))
