@@ -9,13 +9,10 @@ from __future__ import annotations
 
 import hmac
 import queue
-import select
-import socket
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Final
 from uuid import UUID
@@ -34,13 +31,11 @@ from agent.contract.messages import Differential, Progress, TlsMaterial
 from agent.system.failpoint import failpoint
 from agent.system.files import rename_durably
 from agent.transfer import tls
+from agent.transfer.door import Door, DoorRules
 from agent.transfer.group import ThreadGroup
 from agent.transfer.landing import Landing
 from agent.transfer.store import ArrivalWriter, TransferStore
 from agent.transfer.stream import HEARTBEAT_S, Stream
-
-_STRANGERS: Final = 4
-"""Connections beyond those of the streams that may be in their handshake at once."""
 
 _GROUP_COMMIT_S: Final = 0.5
 _LINGER_S: Final = 3.0
@@ -108,23 +103,17 @@ class Receiver:
     """The open port of one transfer. ``run`` once; ``cancel`` from another thread breaks it off."""
 
     def __init__(self, job: ReceiveJob) -> None:
-        """Listen on the job's address. DeviceFailed never, LinkLost if the address is not this node's."""
+        """Listen on the job's address; LinkLost if it is not this node's."""
         self._job = job
-        self._context = tls.listening(job.tls)
-        try:
-            self._listener = socket.create_server((job.address, job.port), family=_family(job.address), backlog=job.streams + _STRANGERS)
-        except OSError as error:
-            raise LinkLost(f"{job.address} cannot be listened on", cause=str(error)) from error
-        self.address, self.port = self._listener.getsockname()[:2]
+        rules = DoorRules(job.address, job.port, job.tls.peer, job.streams, job.handshake_limit_s, job.silence_limit_s)
+        self._door = Door(rules, tls.listening(job.tls), self._register)
+        self.address, self.port = self._door.address, self._door.port
         self._lock = threading.Lock()
         self._streams: dict[int, Stream] = {}
-        self._shaking: set[socket.socket] = set()  # second descriptors of connections in their handshake
-        self._refused: list[str] = []
         self._first: queue.SimpleQueue[_Admitted | None] = queue.SimpleQueue()
         self._landing: Landing | None = None
         self._finish = threading.Event()
         self._group = ThreadGroup("receive", self._break)
-        self._door = ThreadGroup("admit", self._group.fail)
         self._over = threading.Event()
 
     def run(self) -> Received:
@@ -133,7 +122,7 @@ class Receiver:
         If we die here the arrival record says what is durable in the landing volume, and nothing is committed, or the commit is done.
         """
         try:
-            self._group.start(self._accept)
+            self._group.start(self._door.watch)
             self._group.start(self._beat)
             return self._receive()
         except BaseException as error:
@@ -177,7 +166,7 @@ class Receiver:
         try:
             first = self._first.get(timeout=self._job.connect_limit_s)
         except queue.Empty:
-            refused = f"; refused: {'; '.join(self._refused)}" if self._refused else ""
+            refused = f"; refused: {'; '.join(self._door.refused)}" if self._door.refused else ""
             raise LinkLost(f"the source did not connect within {self._job.connect_limit_s:g} s{refused}") from None
         if first is None:
             raise self._group.failure or LinkLost("the reception ended")
@@ -311,63 +300,14 @@ class Receiver:
     def _received(self, pieces: int, healed: int) -> Received:
         with self._lock:
             received = sum(stream.bytes_received for stream in self._streams.values())
-            return Received(pieces, received, healed, tuple(self._refused))
+        return Received(pieces, received, healed, self._door.refused)
 
     # threads
-
-    def _accept(self) -> None:
-        """Take connections until the end; each proves itself in a thread of its own."""
-        poll = select.poll()
-        poll.register(self._listener, select.POLLIN)
-        while not self._over.is_set():
-            poll.poll()
-            try:
-                raw, address = self._listener.accept()
-            except OSError:
-                if self._over.is_set():
-                    return
-                continue
-            with self._lock:
-                if self._over.is_set() or len(self._shaking) >= self._job.streams + _STRANGERS:
-                    raw.close()
-                    continue
-                twin = raw.dup()
-                self._shaking.add(twin)
-            failpoint("dst.after_accept")
-            self._door.start(partial(self._admit, raw, twin, str(address[0])))
-
-    def _admit(self, raw: socket.socket, twin: socket.socket, address: str) -> None:
-        """Let a stream in, or turn it away; who is turned away does not end the transfer."""
-        stream = None
-        try:
-            stream = Stream.open(
-                raw,
-                self._context,
-                peer=self._job.tls.peer,
-                server_side=True,
-                limit_s=self._job.handshake_limit_s,
-                silence_limit_s=self._job.silence_limit_s,
-            )
-            frame = stream.receive(self._job.handshake_limit_s)
-            if frame.type is not FrameType.HELLO:
-                raise ProtocolViolated(f"a stream began with a {frame.type.name} frame")
-            self._register(stream, frames.decode_hello(frame.payload))
-        except LandfallError as error:
-            with self._lock:
-                if len(self._refused) < 100:
-                    self._refused.append(f"{address}: {error.message}")
-            if stream is not None:
-                stream.complain(error)
-                stream.close()
-        finally:
-            with self._lock:
-                self._shaking.discard(twin)
-            twin.close()
 
     def _register(self, stream: Stream, hello: Hello) -> None:
         """Make a stream one of the transfer's; PeerRefused if it shows no right to be."""
         job = self._job
-        entitled = hmac.compare_digest(hello.token.encode(), job.token.encode()) and hello.transfer == job.transfer
+        entitled = hmac.compare_digest(_token(hello.token), _token(job.token)) and hello.transfer == job.transfer
         if not entitled:
             raise PeerRefused("the token is not that of this transfer")
         if hello.streams != job.streams or hello.differential is not job.differential:
@@ -431,21 +371,16 @@ class Receiver:
         """End every thread and free every connection."""
         self._over.set()
         self._group.end()
-        with self._lock, suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
+        self._door.close()
         with self._lock:
             streams = list(self._streams.values())
-            for twin in self._shaking:
-                with suppress(OSError):
-                    twin.shutdown(socket.SHUT_RDWR)
         for stream in streams:
             stream.abort()
         self._group.wait()
-        self._door.wait()
-        self._listener.close()
+        self._door.free()
         for stream in streams:
             stream.close()
 
 
-def _family(address: str) -> socket.AddressFamily:
-    return socket.AF_INET6 if ":" in address else socket.AF_INET
+def _token(text: str) -> bytes:
+    return text.encode("utf-8", "surrogatepass")

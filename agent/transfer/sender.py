@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -18,18 +17,14 @@ from uuid import UUID
 
 import numpy as np
 import zstandard
-from numpy.typing import NDArray
 
 from agent.blockio.buffers import aligned
 from agent.blockio.device import Device
-from agent.blockio.scatter import gather
 from agent.contract import frames
-from agent.contract.arrival import Arrived
 from agent.contract.columns import identity
-from agent.contract.dmi import HOLE, U8, U32, Dmi
+from agent.contract.dmi import U8, Dmi
 from agent.contract.errors import DeviceFailed, LandfallError, LinkLost, ProtocolViolated
-from agent.contract.frames import FrameType, Hello, Part
-from agent.contract.identity import BLOCK_BYTES
+from agent.contract.frames import FrameType, Hello
 from agent.contract.messages import Differential, Progress, Sent, TlsMaterial
 from agent.system.failpoint import failpoint
 from agent.transfer import tls
@@ -37,8 +32,8 @@ from agent.transfer.group import ThreadGroup
 from agent.transfer.order import send_order
 from agent.transfer.rate import RateLimit
 from agent.transfer.stream import HEARTBEAT_S, Stream
+from agent.transfer.work import Generations, Work
 
-_ROWS: Final = 4096
 _READERS: Final = 2
 """Threads of each stream: one reads from the volumes while the other sends."""
 _SAMPLE_BYTES: Final = 64 * 1024
@@ -84,97 +79,6 @@ def send(job: SendJob) -> Sent:
         sending.close()
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Generations:
-    """The two generations, open."""
-
-    dmi: Dmi
-    target: Device
-    base: Device
-
-    def read(self, rows: U32, parts: U8, buffer: memoryview) -> memoryview:
-        """Return the data of a batch, in the beginning of ``buffer``."""
-        at = 0
-        for part, device in ((Part.UPDATE, self.target), (Part.DIFFERENTIAL, self.base)):
-            blocks = _blocks(self.dmi, rows, parts, part)
-            carry = blocks > 0
-            length = int(blocks.sum()) * BLOCK_BYTES
-            if length:
-                gather(device, self.dmi.op_block[rows[carry]], blocks[carry].astype(np.uint64), buffer[at : at + length])
-            at += length
-        return buffer[:at]
-
-
-class _Work:
-    """What is left to send, dealt out in send order; and how much of it the other side says is durable."""
-
-    def __init__(self, job: SendJob, bits: U8) -> None:
-        dmi = job.dmi
-        update = (bits & int(Arrived.UPDATE)) == 0
-        differential = (bits & int(Arrived.DIFFERENTIAL)) == 0
-        if job.differential is Differential.VERIFY:
-            # The other side proves its own base when the update data comes; only where it could not do we send ours.
-            differential &= ~update
-        self.parts: U8 = (update * np.uint8(Part.UPDATE) + differential * np.uint8(Part.DIFFERENTIAL)).astype(np.uint8)
-        order = send_order(dmi, job.priorities, job.differential)
-        self._order: U32 = order[self.parts[order] != 0]
-        self.skipped = dmi.piece_total - len(self._order)
-        blocks = _blocks(dmi, self._order, self.parts[self._order], Part.UPDATE)
-        blocks += _blocks(dmi, self._order, self.parts[self._order], Part.DIFFERENTIAL)
-        self._ends = np.cumsum(blocks) * BLOCK_BYTES
-        self._batch_bytes = job.batch_bytes
-        self._total = dmi.piece_total
-        self._at = 0
-        self._needed: deque[int] = deque()
-        self._complete = 0
-        self._ended = False
-        self._changed = threading.Condition()
-        self.sent = 0
-        self.healed = 0
-
-    def take(self) -> tuple[U32, U8] | None:
-        """Return the next rows and their parts, waiting for some; None when everything is durable on the other side, or at the end."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._needed or self._at < len(self._order) or self._complete == self._total or self._ended)
-            if self._ended:
-                return None
-            if self._needed:
-                row = self._needed.popleft()
-                self.healed += 1
-                return np.array([row], dtype=np.uint32), np.array([Part.DIFFERENTIAL], dtype=np.uint8)
-            if self._at == len(self._order):
-                return None
-            begin = self._at
-            sent = int(self._ends[begin - 1]) if begin else 0
-            stop = int(np.searchsorted(self._ends, sent + self._batch_bytes, side="right"))
-            self._at = min(max(stop, begin + 1), begin + _ROWS)
-            rows = self._order[begin : self._at]
-            self.sent += len(rows)
-            return rows, self.parts[rows]
-
-    def need(self, rows: U32) -> None:
-        """Put ``rows`` first: their base differs on the other side, and files wait for their differential data."""
-        with self._changed:
-            self._needed.extend(rows.tolist())
-            self._changed.notify_all()
-
-    def completed(self, complete: int) -> None:
-        """Remember that the other side has ``complete`` pieces of all, durably."""
-        with self._changed:
-            self._complete = max(self._complete, complete)
-            self._changed.notify_all()
-
-    def wait(self) -> None:
-        """Return when everything is durable on the other side, or at the end."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._complete == self._total or self._ended)
-
-    def end(self) -> None:
-        with self._changed:
-            self._ended = True
-            self._changed.notify_all()
-
-
 class _Sending:
     """One run of ``send``."""
 
@@ -182,7 +86,7 @@ class _Sending:
         self._job = job
         self._lock = threading.Lock()
         self._streams: list[Stream] = []
-        self._work: _Work | None = None
+        self._work: Work | None = None
         self._finished = self._acknowledged = False
         self._committed = threading.Event()  # or failed: whoever waits for it looks
         self._over = threading.Event()
@@ -205,13 +109,15 @@ class _Sending:
             except LinkLost:
                 self._expect(first, FrameType.DMI_STORED)  # raises what the other side said, if it said something
                 raise
-        work = self._work = _Work(job, self._receive_state(first))
+        work = self._work = Work(
+            job.dmi, send_order(job.dmi, job.priorities, job.differential), job.differential, self._receive_state(first), job.batch_bytes
+        )
         with Device.open_reading(job.target) as target, Device.open_reading(job.base) as base:
             for device in (target, base):
                 if device.size_bytes != job.dmi.head.volume_bytes:
                     raise DeviceFailed(f"{device.path} has another size than its DMI says", cause=f"{device.size_bytes} bytes")
             try:
-                self._send_pieces(first, work, _Generations(job.dmi, target, base))
+                self._send_pieces(first, work, Generations(job.dmi, target, base))
             finally:
                 work.end()
                 self._writers.wait()
@@ -282,7 +188,7 @@ class _Sending:
             raise ProtocolViolated("the other side speaks of more pieces than there are")
         return np.frombuffer(bytes(state), dtype=np.uint8)
 
-    def _send_pieces(self, first: Stream, work: _Work, generations: _Generations) -> None:
+    def _send_pieces(self, first: Stream, work: Work, generations: Generations) -> None:
         """Return when every piece is durable on the other side."""
         self.group.start(partial(self._listen, first, work), listens=True)
         streams = [first, *(self._connect(number)[0] for number in range(1, self._job.streams))]
@@ -309,7 +215,7 @@ class _Sending:
 
     # threads
 
-    def _write(self, stream: Stream, work: _Work, generations: _Generations) -> None:
+    def _write(self, stream: Stream, work: Work, generations: Generations) -> None:
         """Send batches until there is nothing left to send."""
         buffer = aligned(frames.MAX_RAW_BYTES)
         compressor = zstandard.ZstdCompressor(level=1)
@@ -323,7 +229,7 @@ class _Sending:
             stream.send(frame, between=partial(failpoint, "src.within_batch"))
             failpoint("src.after_batch")
 
-    def _listen(self, stream: Stream, work: _Work) -> None:
+    def _listen(self, stream: Stream, work: Work) -> None:
         """Take what the other side says until it has committed."""
         total = self._job.dmi.piece_total
         while True:
@@ -368,12 +274,6 @@ class _Sending:
     def _all(self) -> list[Stream]:
         with self._lock:
             return list(self._streams)
-
-
-def _blocks(dmi: Dmi, rows: U32, parts: U8, part: Part) -> NDArray[np.int64]:
-    """Return how many blocks of data each row has for one part: none if it does not carry it, or if it is a hole."""
-    hole = dmi.target_hole[rows] != 0 if part is Part.UPDATE else dmi.diff_block[rows] == HOLE
-    return np.where(((parts & int(part)) != 0) & ~hole, dmi.block_count[rows], 0).astype(np.int64)
 
 
 def _packed(compressor: zstandard.ZstdCompressor, data: memoryview) -> bytes | None:
