@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -18,8 +18,8 @@ from tests.faults.rig import Pool, pool
 FILES = 300
 
 
-@pytest.fixture(scope="session")
-def pools() -> Iterator[tuple[Pool, Pool]]:
+@contextmanager
+def two_pools() -> Iterator[tuple[Pool, Pool]]:
     """Yield two pools, NAS 1's and NAS 2's, gone afterwards. Their paths are short: a socket's address must fit."""
     folder = Path(tempfile.mkdtemp(prefix="lf-"))
     try:
@@ -36,15 +36,17 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
 
 
 @pytest.fixture(scope="session")
-def ext4_case(pools: tuple[Pool, Pool], authority: Authority) -> Case:
-    """Return a differential on ext4."""
-    return prepare(FilesystemKind.EXT4, *pools, authority, files=FILES, seed=11)
+def ext4_case(authority: Authority) -> Iterator[Case]:
+    """Yield a differential on ext4, on pools of its own."""
+    with two_pools() as pools:
+        yield prepare(FilesystemKind.EXT4, *pools, authority, files=FILES, seed=11)
 
 
 @pytest.fixture(scope="session")
-def xfs_case(pools: tuple[Pool, Pool], authority: Authority) -> Case:
-    """Return a differential on XFS."""
-    return prepare(FilesystemKind.XFS, *pools, authority, files=FILES, seed=12)
+def xfs_case(authority: Authority) -> Iterator[Case]:
+    """Yield a differential on XFS, on pools of its own."""
+    with two_pools() as pools:
+        yield prepare(FilesystemKind.XFS, *pools, authority, files=FILES, seed=12)
 
 
 @pytest.fixture(params=[FilesystemKind.EXT4, FilesystemKind.XFS], ids=str)
