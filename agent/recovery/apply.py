@@ -15,6 +15,7 @@ import stat
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 
 from agent.blockio.device import Device
 from agent.contract.dmi import Dmi, FileKind
@@ -125,18 +126,18 @@ class _Application:
             kind = self._kind(row)
             if kind is FileKind.REGULAR or row in self.done.made:
                 continue
-            if not self._try(row, lambda row=row: self._make(row)):  # type: ignore[misc]
+            if not self._try(row, partial(self._make, row)):
                 continue
             if kind is FileKind.DIRECTORY:
                 self._learn(row)
             else:
-                self._try(row, lambda row=row: self._attribute_staged(row))  # type: ignore[misc]
+                self._try(row, partial(self._attribute_staged, row))
             self._count(row)
         for row in self.plan.update:
             if self._kind(row) in FLAGGED:
                 continue
             with self.tree.row(row, _PATH) as fd:
-                self._try(row, lambda row=row, fd=fd: self._attribute(fd, row))  # type: ignore[misc]
+                self._try(row, partial(self._attribute, fd, row))
             self._count(row)
 
     def _store_regular(self, landing: Device) -> None:
@@ -159,7 +160,7 @@ class _Application:
                     continue
                 if isinstance(item, Chunk):
                     write = inode.write if row in self.fresh else inode.write_changed
-                    self._try(row, lambda item=item, fd=fd, write=write: write(fd, item.offset, item.data), fd)  # type: ignore[misc]
+                    self._try(row, partial(write, fd, item.offset, item.data), fd)
                 else:
                     self._end_regular(item, fd)
         finally:
@@ -169,7 +170,7 @@ class _Application:
     def _open_regular(self, row: int) -> int:
         """Return a file open for writing, with its size and holes."""
         if row in self.fresh:
-            if not self._try(row, lambda: self._make(row)):
+            if not self._try(row, partial(self._make, row)):
                 return -1
             fd = os.open(_staged(row), _WRITE | os.O_CLOEXEC, dir_fd=self.stage_fd)
             self.done.made[row] = Handle(os.fstat(fd).st_ino, attributes.generation(fd))
@@ -177,7 +178,7 @@ class _Application:
             self.tree.unlocked(row)
             with self.tree.row(row, _WRITE) as opened:
                 fd = os.dup(opened)
-        self._try(row, lambda: inode.prepare(fd, self.dmi, row, fresh=row in self.fresh), fd)
+        self._try(row, partial(inode.prepare, fd, self.dmi, row, fresh=row in self.fresh), fd)
         return fd
 
     def _end_regular(self, ending: Ending, fd: int) -> None:
@@ -185,7 +186,8 @@ class _Application:
         if ending.damage:
             self.done.excluded[row] = FileOutcome(row, Outcome.DAMAGED, ending.damage)
             return
-        if self._try(row, lambda: inode.finish(fd, self.dmi, row), fd) and self._try(row, lambda: self._attribute(fd, row), fd):
+        finish, attribute = partial(inode.finish, fd, self.dmi, row), partial(self._attribute, fd, row)
+        if self._try(row, finish, fd) and self._try(row, attribute, fd):
             self.done.contents[row] = ending.digest
             self.done.bytes_stored += ending.length_bytes
             self._count(row)
