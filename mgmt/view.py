@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 
 import jinja2
@@ -160,7 +160,7 @@ def to_html(statement: LossStatement) -> str:
         words={outcome.value: WORDS[outcome] for outcome in Outcome},
         rows=[
             (account.outcome.value, _path_of(account), account.size_bytes, account.kind, visible(account.reason), account.digest)
-            for account in statement.accounts
+            for account in _worst_first(statement.accounts)
         ],
     )
 
@@ -197,8 +197,12 @@ def _path_of(account: FileAccount) -> str:
     return shown + (f" (now {visible(account.found_at)})" if account.found_at else "")
 
 
+def _worst_first(accounts: Iterable[FileAccount]) -> list[FileAccount]:
+    return sorted(accounts, key=lambda account: WORST_FIRST.index(account.outcome))
+
+
 def _lost_table(statement: LossStatement, rows: int) -> RenderableType:
-    lost = sorted(statement.lost, key=lambda account: WORST_FIRST.index(account.outcome))
+    lost = _worst_first(statement.lost)
     if not lost:
         return Text("Every changed file is as the primary had it.", style="green")
     shown = Table(box=None, header_style="dim", padding=(0, 1), expand=True)
