@@ -213,6 +213,8 @@ class Scene:
     differential: Differential1
     authority: Authority = field(default_factory=Authority)
     healed_opened: int = 0
+    patience_s: float = 10.0
+    """How long a target may go on after its source failed; one that then still waits for another source is cancelled."""
 
     def __post_init__(self) -> None:
         """A scene in a folder that has one is that one, as a process finds it that starts anew."""
@@ -319,7 +321,7 @@ class Scene:
     def _let_go(self, receiver: Receiver, received: Future[Received]) -> None:
         """End a reception whose source is gone and that waits for another one."""
         with contextlib.suppress(Exception):
-            received.exception(timeout=2.0)
+            received.exception(timeout=self.patience_s)
         receiver.cancel()
 
     @contextlib.contextmanager

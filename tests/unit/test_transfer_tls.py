@@ -27,7 +27,7 @@ from tests.transfer_scene import NAS1, NAS2, Authority, Scene, make_differential
 
 @pytest.fixture
 def scene(tmp_path: Path) -> Scene:
-    return Scene(tmp_path, make_differential(tmp_path, blocks=64, pieces=4))
+    return Scene(tmp_path, make_differential(tmp_path, blocks=64, pieces=4), patience_s=0.5)
 
 
 def certificates_that_are_not_the_sources(scene: Scene) -> dict[str, TlsMaterial]:
