@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from uuid import UUID
 
@@ -26,6 +28,12 @@ class Outbox:
         self._changed = threading.Condition()
         last = folder / "last"
         self._last = max([int(last.read_text()) if last.exists() else 0, *self._numbers()])
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Let nobody read for as long as the context lasts: what is put meanwhile is durable at once, and read afterwards."""
+        with self._changed:
+            yield
 
     def put(self, kind: str, volume: UUID, transfer: UUID | None, message: str) -> Notification:
         """Return the notification, durable, and wake whoever waits for one."""

@@ -8,7 +8,7 @@ from agent.contract.errors import BaseMismatch, DeviceBusy, LandfallError, NoSuc
 from agent.recovery.salvage import SalvageJob, salvage, undo
 from agent.recovery.salvage import recover as sweep_salvages
 from agent.service.node import Node, ProgressCall
-from agent.service.transfers import place_healed
+from agent.service.transfers import place_healed, ready_landing
 from agent.system.failpoint import failpoint
 from agent.transfer.store import TransferRecord
 
@@ -25,6 +25,7 @@ def update(node: Node, arguments: m.UpdateInstruction, progress: ProgressCall) -
     if identity(node.store.dmi_bytes(transfer.id)).hex() != arguments.dmi_digest:
         raise RequestRefused("the update instruction speaks of another DMI than the one stored here", fix="Determine anew.")
     with node.job(transfer.target.volume, f"salvage.update {transfer.id}"):
+        ready_landing(node, transfer, node.store.dmi(transfer.id))
         place_healed(node, transfer)
         salvaged = salvage(_job(node, transfer, arguments, progress))
         failpoint("recovery.before_record")

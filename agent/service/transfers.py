@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from uuid import UUID
 
@@ -16,6 +16,7 @@ import numpy as np
 
 from agent.contract import messages as m
 from agent.contract.arrival import Arrived
+from agent.contract.arrival import encode_head
 from agent.contract.closure import whole_files
 from agent.contract.dmi import HOLE, Change, Dmi
 from agent.contract.errors import BaseMismatch, DeviceBusy, LandfallError, NoSpace, NoSuchTransfer, RecordMalformed, TransferBusy
@@ -143,7 +144,9 @@ def fetch_arrival(node: Node, arguments: m.FetchArrival, progress: ProgressCall)
     path = node.store.arrival_path(arguments.transfer)
     if not node.store.has_dmi(arguments.transfer):
         raise NoSuchTransfer(f"transfer {arguments.transfer} has no DMI here: nothing of it can be salvaged")
-    return path.read_bytes() if path.exists() else b""
+    if path.exists():
+        return path.read_bytes()
+    return encode_head(arguments.transfer, node.store.dmi_digest(arguments.transfer), node.store.dmi(arguments.transfer).piece_total)
 
 
 def discard(node: Node, arguments: m.DiscardTransfer, progress: ProgressCall) -> m.Done:
@@ -168,9 +171,7 @@ def recover(node: Node) -> None:
         elif not transfer.sending and _held(node, transfer.target):
             node.store.set_state(number, m.TransferState.COMMITTED)
         elif transfer.state in (m.TransferState.RUNNING, m.TransferState.WAITING):
-            node.store.set_state(number, m.TransferState.INTERRUPTED)
-            if not transfer.sending:
-                _notify(node, transfer, "the agent of the receiving node was restarted")
+            _interrupted(node, transfer, None if transfer.sending else "the agent of the receiving node was restarted")
 
 
 # --- building ---
@@ -232,23 +233,21 @@ def _changed_bytes(dmi: Dmi) -> int:
 
 def _expected(node: Node, volume: VolumeRecord, arguments: m.ReceiveTransfer) -> TransferRecord:
     """Return the record of the transfer that is to come, a new one if it is not known. Everything that speaks against it is said here."""
-    for known in _records(node, volume.id):
-        if known.id == arguments.transfer:
-            if (known.base, known.target, known.sending) != (arguments.base, arguments.target, False):
-                raise BaseMismatch(f"transfer {known.id} is known here with another base or target")
-            if known.state is m.TransferState.SALVAGED:
-                raise TransferBusy("the transfer was salvaged", fix="`landfall salvage --undo` makes it resumable.")
+    records = _records(node, volume.id)
+    for known in records:
+        if known.id != arguments.transfer:
+            if known.state is not m.TransferState.COMMITTED:
+                raise TransferBusy(f"transfer {known.id} of this volume is unfinished", fix="Resume, salvage or discard it first.")
+        elif (known.base, known.target, known.sending) != (arguments.base, arguments.target, False):
+            raise BaseMismatch(f"transfer {known.id} is known here with another base or target")
+        elif known.state is m.TransferState.SALVAGED:
+            raise TransferBusy("the transfer was salvaged", fix="`landfall salvage --undo` makes it resumable.")
+        elif known.state is m.TransferState.COMMITTED and _held(node, known.target):
             return known
-        if known.state is not m.TransferState.COMMITTED:
-            raise TransferBusy(f"transfer {known.id} of this volume is unfinished", fix="Resume, salvage or discard it first.")
-    if node.serving(volume) or volume.role is not m.Role.SECONDARY:
-        raise BaseMismatch(f"node {node.config.node} serves volume {volume.name} itself, so its content is not the base any more")
-    newest = node.substrate.generations(volume.id)[-1]
-    if newest.id != arguments.base:
-        raise BaseMismatch(
-            f"the base {arguments.base.name} is not the newest generation here",
-            cause=f"that is {newest.id.name} of epoch {newest.id.epoch}",
-        )
+    _refuse_unfit_base(node, volume, arguments.base)
+    for known in records:
+        if known.id == arguments.transfer and known.state is not m.TransferState.COMMITTED:
+            return known
     for known in _records(node, volume.id):
         node.store.discard(known.id)
     transfer = TransferRecord(
@@ -264,15 +263,34 @@ def _expected(node: Node, volume: VolumeRecord, arguments: m.ReceiveTransfer) ->
     return transfer
 
 
+def _refuse_unfit_base(node: Node, volume: VolumeRecord, base: GenerationId) -> None:
+    """BaseMismatch unless ``base`` is the newest generation, as it was committed, of a volume that nobody may have written to here."""
+    if node.serving(volume) or volume.role is not m.Role.SECONDARY:
+        raise BaseMismatch(f"node {node.config.node} serves volume {volume.name} itself, so its content is not the base any more")
+    newest = node.substrate.generations(volume.id)[-1]
+    if newest.id != base:
+        raise BaseMismatch(
+            f"the base {base.name} is not the newest generation here", cause=f"that is {newest.id.name} of epoch {newest.id.epoch}"
+        )
+    node.substrate.refuse_written(base)
+
+
+def ready_landing(node: Node, transfer: TransferRecord, dmi: Dmi) -> None:
+    """Make the landing volume, unless it is there with what arrived. RecordMalformed if that is recorded and the volume is gone."""
+    landing = Workspace(transfer.base.volume, transfer.id, WorkspaceKind.LANDING)
+    arrived = node.store.arrival(transfer.id, node.store.dmi_digest(transfer.id), dmi.piece_total).batches > 0
+    if not arrived:
+        node.substrate.begin(landing, transfer.base)  # of one that is there nothing is recorded, so it is nobody's
+    elif not node.substrate.exists(landing):
+        raise RecordMalformed("pieces are recorded as arrived and their landing volume is gone", fix="Discard the transfer.")
+
+
 def _receive_job(node: Node, transfer: TransferRecord, arguments: m.ReceiveTransfer) -> ReceiveJob:
     landing, healed = (Workspace(transfer.base.volume, transfer.id, kind) for kind in (WorkspaceKind.LANDING, WorkspaceKind.HEALED))
 
     @contextmanager
     def prepare(dmi: Dmi) -> Iterator[Volumes]:
-        if not node.substrate.exists(landing):
-            if node.store.arrival(transfer.id, node.store.dmi_digest(transfer.id), dmi.piece_total).batches:
-                raise RecordMalformed("pieces are recorded as arrived and their landing volume is gone", fix="Discard the transfer.")
-            node.substrate.begin(landing, transfer.base)
+        ready_landing(node, transfer, dmi)
         _need_room(node, transfer, dmi)
         node.store.set_state(transfer.id, m.TransferState.RUNNING)
         with node.substrate.writing(landing) as landing_path, node.substrate.reading(transfer.base) as base_path:
@@ -288,6 +306,7 @@ def _receive_job(node: Node, transfer: TransferRecord, arguments: m.ReceiveTrans
         facts = m.GenerationFacts(transfer.target, GenerationKind.COMMITTED, node.store.dmi(transfer.id).head.target_taken_ns)
         node.substrate.commit(landing, facts)
         node.store.set_state(transfer.id, m.TransferState.COMMITTED)
+        _sweep_strays(node, transfer.target.volume)
 
     return ReceiveJob(
         transfer=transfer.id,
@@ -325,6 +344,14 @@ def place_healed(node: Node, transfer: TransferRecord) -> None:
         node.substrate.replace(healed, transfer.base)
 
 
+def _sweep_strays(node: Node, volume: UUID) -> None:
+    """Remove workspaces whose transfer nobody remembers, as after the loss of the state folder; those in use stay."""
+    for workspace in node.substrate.workspaces(volume):
+        if not node.store.folder(workspace.transfer).exists():
+            with suppress(LandfallError):
+                node.substrate.discard(workspace)
+
+
 class _Reception:
     """A receiver in a thread of its own. A failure becomes a reception failure notification, once the record says `interrupted`."""
 
@@ -350,19 +377,24 @@ class _Reception:
             self._receiver.run()
         except Exception as error:
             if not _held(node, transfer.target):
-                node.store.set_state(transfer.id, m.TransferState.INTERRUPTED)
-                if not self._gives_way:
-                    _notify(node, transfer, str(error))
+                _interrupted(node, transfer, None if self._gives_way else str(error))
         finally:
             if node.receptions.get(transfer.id) is self:
                 del node.receptions[transfer.id]
             node.release(transfer.target.volume)
 
 
-def _notify(node: Node, transfer: TransferRecord, message: str) -> None:
-    failpoint("dst.before_notification")
-    node.outbox.put("reception-failure", transfer.target.volume, transfer.id, message)
-    failpoint("dst.after_notification")
+def _interrupted(node: Node, transfer: TransferRecord, message: str | None) -> None:
+    """Record that the transfer is interrupted; with a message, tell the management node, who hears it when the record says so.
+
+    If we die between notification and record, ``recover`` finds the transfer running and tells it again: twice is better than never.
+    """
+    with node.outbox.held():
+        if message is not None:
+            failpoint("dst.before_notification")
+            node.outbox.put("reception-failure", transfer.target.volume, transfer.id, message)
+            failpoint("dst.after_notification")
+        node.store.set_state(transfer.id, m.TransferState.INTERRUPTED)
 
 
 # --- looking ---

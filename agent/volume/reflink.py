@@ -18,7 +18,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from uuid import UUID
@@ -42,9 +42,9 @@ from agent.volume.freeze import frozen, sync_mounted, thaw_if_frozen
 from agent.volume.loop import attach, backs, lock, open_image
 from agent.volume.mounts import mount_on, mounts
 from agent.volume.pool import Pool, said_plainly
-from agent.volume.records import read_record, write_record
+from agent.volume.records import image_mtime_ns, read_record, write_record
 from agent.volume.snapshot import catch_up, clone_ahead
-from agent.volume.substrate import ChangedRuns, VolumeRecord, Workspace
+from agent.volume.substrate import ChangedRuns, VolumeRecord, Workspace, WorkspaceKind
 
 
 class ReflinkSubstrate:
@@ -106,8 +106,9 @@ class ReflinkSubstrate:
             for folder in (new, new / "generations", new / "workspaces"):
                 folder.mkdir(mode=0o700)
             empty = GenerationFacts(empty_generation(record.id), GenerationKind.EMPTY, 0)
-            _make_sparse(new / "generations" / f"{empty.id.name}.img", record.size_bytes)
-            write_record(new / "generations" / f"{empty.id.name}.json", empty)
+            image = new / "generations" / f"{empty.id.name}.img"
+            _make_sparse(image, record.size_bytes)
+            write_record(image.with_suffix(".json"), empty, image_mtime_ns=image.stat().st_mtime_ns)
             if record.role is Role.PRIMARY:
                 _make_sparse(new / "operational.img", record.size_bytes)
             write_record(new / "volume.json", record)
@@ -186,7 +187,7 @@ class ReflinkSubstrate:
                 _refuse_size(clone, record, new)
                 os.fsync(clone)
             failpoint("substrate.take.before_record")
-            write_record(image.with_suffix(".json"), facts)
+            write_record(image.with_suffix(".json"), facts, image_mtime_ns=new.stat().st_mtime_ns)
             failpoint("substrate.take.before_rename")
             files.rename_durably(new, image)
         failpoint("substrate.take.after")
@@ -225,6 +226,21 @@ class ReflinkSubstrate:
         """Attach a generation read-only for as long as the context lasts, or a mount of it."""
         return self._attached(self._held(generation), generation.volume, writable=False)
 
+    def refuse_written(self, generation: GenerationId) -> None:
+        """BaseMismatch if the image was written to, or exchanged, since it became this generation: its time of modification tells.
+
+        What changes below the filesystem (a disk that forgets) is not seen here; the digests of pieces and files see it.
+        """
+        image = self._held(generation)
+        with said_plainly(f"looking at {image.name}"):
+            was_ns, is_ns = image_mtime_ns(image.with_suffix(".json")), image.stat().st_mtime_ns
+        if was_ns is not None and was_ns != is_ns:
+            raise BaseMismatch(
+                f"somebody wrote to generation {generation.name} after it was complete, or put another file in its place",
+                cause=f"{image} was modified at {is_ns} ns, and should not have been since {was_ns} ns",
+                fix="Drop it here and replicate from an older generation that both nodes hold, or in full.",
+            )
+
     # --- the operational volume ---
 
     def operational(self, volume: UUID) -> AbstractContextManager[Path]:
@@ -252,6 +268,16 @@ class ReflinkSubstrate:
         """Whether the workspace is there, whole."""
         return self._workspace(workspace).is_file()
 
+    def workspaces(self, volume: UUID) -> tuple[Workspace, ...]:
+        """Return every workspace of a volume."""
+        self._record(volume)
+        found = []
+        for image in sorted((self._folder(volume) / "workspaces").glob("[!.]*.img")):
+            transfer, _, kind = image.stem.rpartition(".")
+            with suppress(ValueError):
+                found.append(Workspace(volume, UUID(transfer), WorkspaceKind(kind)))
+        return tuple(found)
+
     def writing(self, workspace: Workspace) -> AbstractContextManager[Path]:
         """Attach a workspace read-write, exclusively; DeviceBusy if somebody else has it, NoSuchTransfer if it is not there."""
         return self._attached(self._existing(workspace), workspace.volume, writable=True)
@@ -269,7 +295,7 @@ class ReflinkSubstrate:
             lock(image_fd, source, exclusive=True)
             _refuse_size(image_fd, self._record(workspace.volume), source)
             os.fsync(image_fd)
-            write_record(image.with_suffix(".json"), facts)
+            write_record(image.with_suffix(".json"), facts, image_mtime_ns=os.fstat(image_fd).st_mtime_ns)
             failpoint("substrate.commit.before_rename")
             files.rename_durably(source, image)
         failpoint("substrate.commit.after_rename")
@@ -285,6 +311,8 @@ class ReflinkSubstrate:
         with said_plainly(f"replacing generation {generation.name}"), _opened(source) as image_fd:
             lock(image_fd, source, exclusive=True)
             _refuse_size(image_fd, self._record(workspace.volume), source)
+            if (mtime_ns := image_mtime_ns(image.with_suffix(".json"))) is not None:
+                os.utime(image_fd, ns=(mtime_ns, mtime_ns))  # the record stays as it is: one rename is one step
             os.fsync(image_fd)
             failpoint("substrate.replace.before")
             files.rename_durably(source, image)

@@ -110,6 +110,9 @@ class Substrate(Protocol):
     def reading(self, generation: GenerationId) -> AbstractContextManager[Path]:
         """Attach a generation read-only for as long as the context lasts, or a mount of it."""
 
+    def refuse_written(self, generation: GenerationId) -> None:
+        """BaseMismatch if somebody wrote to a generation, or exchanged its content, since it became one."""
+
     def operational(self, volume: UUID) -> AbstractContextManager[Path]:
         """Attach the operational image read-write for as long as the context lasts, or a mount of it."""
 
@@ -121,6 +124,9 @@ class Substrate(Protocol):
 
     def exists(self, workspace: Workspace) -> bool:
         """Whether the workspace is there, whole."""
+
+    def workspaces(self, volume: UUID) -> tuple[Workspace, ...]:
+        """Return every workspace of a volume."""
 
     def writing(self, workspace: Workspace) -> AbstractContextManager[Path]:
         """Attach a workspace read-write, exclusively; DeviceBusy if somebody else has it, NoSuchTransfer if it is not there."""

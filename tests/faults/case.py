@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from uuid import UUID
@@ -226,5 +227,8 @@ def release(node: NodeProcess) -> None:
 
 
 def _loops_below(folder: Path) -> list[str]:
-    files = [path.read_text().strip() for path in Path("/sys/block").glob("loop*/loop/backing_file") if path.exists()]
+    files = []
+    for path in Path("/sys/block").glob("loop*/loop/backing_file"):
+        with suppress(OSError):  # it was let go meanwhile
+            files.append(path.read_text().strip())
     return [file for file in files if file.startswith(f"{folder}/")]

@@ -2,16 +2,16 @@
 
 Each phase brings a fresh pair to the point where the step is about to be taken, arms the failpoint, lets the agent run into it, and
 then asks the oracle. Phases of a transfer end in ``follow``: salvage on a copy and resume on the original, both checked. The others
-end in their own: what was being made is there whole or not at all, the same order given again succeeds, nothing is frozen, left over or lost.
+end in their own: what was being made is there whole or not at all, the same order given again succeeds, nothing is frozen, left
+over or lost.
 """
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from collections.abc import Iterator
 from pathlib import Path
 from uuid import uuid4
 
@@ -69,9 +69,7 @@ def instruction(case: Case, nas2: NodeProcess) -> m.UpdateInstruction:
     dmi, digest = Dmi.decode(raw), identity(memoryview(raw))
     record = decode_arrival(arrival, transfer=case.transfer, dmi_digest=digest, pieces=dmi.piece_total)
     verdicts = determine(dmi, record, Policy())
-    return m.UpdateInstruction(
-        case.transfer, digest.hex(), tuple(verdicts.designated.tolist()), verdicts.deletions, verdicts.complete
-    )
+    return m.UpdateInstruction(case.transfer, digest.hex(), tuple(verdicts.designated.tolist()), verdicts.deletions, verdicts.complete)
 
 
 # --- a transfer ---
@@ -350,7 +348,6 @@ def drop_dies(case: Case, point: str, differential: m.Differential) -> None:
     nas1, volume = pair.nas1, case.base.volume
     try:
         nas1.start_armed(point)
-        nas1.ask(m.DiscardTransfer(case.transfer)) if False else None
         expect_death(nas1, lambda: nas1.ask(m.DiscardTransfer(case.transfer)), point)
         nas1.start()
         _nothing_new(nas1)

@@ -1,4 +1,4 @@
-"""Every step of the protocol has a failpoint before it and one after it; the agent dies at each, and what is left is salvaged and resumed."""
+"""Every step of the protocol has a failpoint before it and one after it; the agent dies at each, and nothing is lost."""
 
 from __future__ import annotations
 
@@ -145,9 +145,7 @@ def test_every_failpoint_of_the_agent_has_a_row_here() -> None:
 
 
 @pytest.mark.parametrize(("phase", "point"), ROWS, ids=[f"{phase.__name__}-{point.replace(':', '-')}" for phase, point in ROWS])
-def test_the_agent_dies_at_every_step_and_nothing_is_lost(
-    phase: Phase, point: str, request: pytest.FixtureRequest
-) -> None:
+def test_the_agent_dies_at_every_step_and_nothing_is_lost(phase: Phase, point: str, request: pytest.FixtureRequest) -> None:
     number = ROWS.index((phase, point))
     case: Case = request.getfixturevalue(("ext4_case", "xfs_case")[number % 2])
     name, _, passing = point.partition(":")
