@@ -43,6 +43,7 @@ class _Share(click.ParamType[float]):
 @click.option("--files", type=click.IntRange(min=100), default=20_000, show_default=True)
 @click.option("--size", type=Size(), default="2G", show_default=True, help="Size of the volume.")
 @click.option("--changes", type=click.IntRange(min=10), default=2_000, show_default=True, help="Files to change.")
+@click.option("--rate", type=Size(), default="0", help="Limit of the interrupted transfer in bytes per second, such as 20M; 0: none.")
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("build/drill"), show_default=True)
 @click.option("--keep-lab", is_flag=True, help="Leave the lab up, to look around.")
 @click.option("--json", "as_json", is_flag=True, help="Print report.json on standard output.")
@@ -55,6 +56,7 @@ def drill(
     files: int,
     size: int,
     changes: int,
+    rate: int,
     out: Path,
     keep_lab: bool,
     as_json: bool,
@@ -65,7 +67,9 @@ def drill(
     from mgmt.drill.stage import Stage
     from mgmt.view import table
 
-    options = Options(FilesystemKind(filesystem), at, Kill(kill), Differential(differential), seed, files, size, changes, out, keep_lab)
+    options = Options(
+        FilesystemKind(filesystem), at, Kill(kill), Differential(differential), seed, files, size, changes, rate, out, keep_lab
+    )
     course = Drill(options, Stage(Console(stderr=True))).run()
     report = document(options, course)
     (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")

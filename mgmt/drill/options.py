@@ -34,6 +34,7 @@ class Options:
     files: int = 20_000
     size_bytes: int = 2048 * MIB
     changes: int = 2_000
+    rate_bytes_s: int = 0  # of the interrupted transfer; 0: as fast as it goes
     folder: Path = Path("build/drill")
     keep_lab: bool = False
 

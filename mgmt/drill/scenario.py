@@ -289,6 +289,7 @@ class _Interruption:
                     VOLUME,
                     differential=self._drill.options.differential,
                     attempts=1,
+                    rate_limit_bytes_s=self._drill.options.rate_bytes_s,
                     route=self._route,
                     on_order=self._on_order,
                     tell=teller(self._advance),

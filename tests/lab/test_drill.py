@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 LANDFALL = Path(sys.executable).parent / "landfall"
-SMALL = ("--files", "300", "--changes", "80", "--size", "400M")
+SMALL = ("--files", "300", "--changes", "80", "--size", "400M", "--rate", "3M")
 
 
 def drill(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
