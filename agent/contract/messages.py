@@ -376,7 +376,8 @@ class UpdateInstruction:
     """salvage.update: store these files (rows of the DMI) in the second operational volume (NAS 2).
 
     The claim's update instruction. ``dmi_digest`` (hex) binds it to the DMI that the determination read. NAS 2 checks every file
-    again by its own record and refuses the instruction if one is not whole.
+    again by its own record and refuses the instruction if one is not whole. ``atomic_sets`` are rows, deleted ones among them, of which
+    NAS 2 stores all designated ones or none, should one prove damaged or have no room.
     """
 
     transfer: UUID
@@ -384,6 +385,7 @@ class UpdateInstruction:
     files: tuple[int, ...]
     deletions: Deletions
     complete: bool  # every changed file is designated: deletions are applied whatever the policy
+    atomic_sets: tuple[tuple[int, ...], ...] = ()
 
 
 class Outcome(StrEnum):

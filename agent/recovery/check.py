@@ -21,6 +21,8 @@ def check_instruction(instruction: UpdateInstruction, dmi: Dmi, arrival: Arrival
     rows = np.array(sorted(instruction.files), dtype=np.int64)
     if len(rows) and (rows[0] < 0 or rows[-1] >= dmi.file_total or bool(np.any(rows[1:] == rows[:-1]))):
         raise RequestRefused("the update instruction designates rows that are not in the DMI, or one twice")
+    if any(not 0 <= row < dmi.file_total for members in instruction.atomic_sets for row in members):
+        raise RequestRefused("an atomic set of the update instruction has rows that are not in the DMI")
     for row in rows[(dmi.change[rows] & Change.DELETED) != 0].tolist():
         raise RequestRefused(f"the update instruction designates a deleted file: {name_of(dmi, row)}")
     judged = np.flatnonzero((dmi.change & np.uint8(Change.DELETED | Change.NAMELESS)) == 0)

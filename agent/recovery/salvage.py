@@ -18,7 +18,7 @@ from uuid import UUID
 
 from agent.blockio.device import Device
 from agent.contract.arrival import ArrivalRecord
-from agent.contract.dmi import Dmi
+from agent.contract.dmi import Change, Dmi
 from agent.contract.errors import LandfallError, NoSpace, NoSuchGeneration, SalvageFailed
 from agent.contract.identity import GenerationKind, next_generation
 from agent.contract.messages import Deletions, FileOutcome, GenerationFacts, Outcome, Progress, Salvaged, UpdateInstruction
@@ -80,6 +80,7 @@ def salvage(job: SalvageJob) -> Salvaged:
             if not applied.excluded:
                 break
             excluded |= applied.excluded
+            excluded |= _broken_with(job, excluded)
         verified = _verify(job, plan, applied)
         facts = _commit(job)
     except OSError as error:
@@ -146,7 +147,7 @@ def _attempt(job: SalvageJob, designated: tuple[int, ...], excluded: dict[int, F
             plan = make_plan(
                 dmi,
                 [row for row in designated if row not in excluded],
-                apply_deletions=instruction.deletions is Deletions.APPLY or (instruction.complete and not excluded),
+                apply_deletions=_apply_deletions(job, excluded),
                 expected=Outcome.DELETED if instruction.complete or instruction.deletions is Deletions.APPLY else Outcome.HELD,
                 root_names=[name for name in map(os.fsencode, os.listdir(mount_fd)) if name.startswith(HELD)],
             )
@@ -172,6 +173,26 @@ def _give_up(job: SalvageJob) -> None:
     """Throw the clone away; where that fails too, ``recover`` does it at the next start, and the first error is the one to tell."""
     with suppress(LandfallError, OSError):
         _sweep(job.substrate, job.workspace, job.mount_point)
+
+
+def _broken_with(job: SalvageJob, excluded: dict[int, FileOutcome]) -> dict[int, FileOutcome]:
+    """Return the designated members of atomic sets that lost a member, and of sets that these break in turn."""
+    gone, found = set(excluded), dict[int, FileOutcome]()
+    designated = set(job.instruction.files)
+    while members := {row for rows in job.instruction.atomic_sets if gone.intersection(rows) for row in rows} & designated - gone:
+        for row in members:
+            outcome = Outcome.ABSENT if job.dmi.change[row] & Change.NEW else Outcome.KEPT
+            found[row] = FileOutcome(row, outcome, "it belongs to an atomic set of which another file could not be stored")
+        gone |= members
+    return found
+
+
+def _apply_deletions(job: SalvageJob, excluded: dict[int, FileOutcome]) -> bool:
+    """Whether deletions are applied: by policy, unless a broken atomic set has deleted members; always where nothing was left out."""
+    if job.instruction.complete and not excluded:
+        return True
+    broken = {row for rows in job.instruction.atomic_sets if excluded.keys() & set(rows) for row in rows}
+    return job.instruction.deletions is Deletions.APPLY and not any(job.dmi.change[row] & Change.DELETED for row in broken)
 
 
 @contextmanager

@@ -15,7 +15,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
-from agent.contract.dmi import Dmi, FileKind
+import numpy as np
+
+from agent.contract.dmi import Dmi, FileKind, Side
 from agent.contract.errors import SalvageFailed
 from agent.recovery.plan import UNLISTED, Folder, Slot
 from agent.system import attributes
@@ -58,6 +60,8 @@ class Tree:
         self._unlisted = unlisted
         self._folders: OrderedDict[Folder, int] = OrderedDict()
         self._root = Folder(dmi.head.root_inode)
+        if any("inline_data" in word for word in dmi.head.mkfs_arguments):
+            self._look_up_folders(Side.TARGET if read_only else Side.BASE)
 
     def handle(self, row: int) -> Handle:
         """Return the handle of a row's inode, made here or in the base."""
@@ -132,6 +136,20 @@ class Tree:
         """Close the directories that are held open; the mount itself is the caller's."""
         while self._folders:
             os.close(self._folders.popitem()[1])
+
+    def _look_up_folders(self, side: Side) -> None:
+        """Let the kernel learn the way to every directory that names lie in, before names change.
+
+        ext4 does not find the parent of a directory that lives in its inode, so it opens none by handle that nobody has looked up
+        (ESTALE, seen on Linux 6.18).
+        """
+        rows = np.flatnonzero(self.dmi.name_side == side).tolist()
+        paths = {path for row in rows for path in (self.dmi.path(row), self.dmi.path(row).rpartition(b"/")[0])}
+        for path in paths - {b""}:
+            try:
+                os.close(open_beneath(self.mount_fd, path, os.O_PATH | os.O_NOFOLLOW))
+            except OSError:
+                continue  # a name that is not there; whoever needs it says so
 
     def _open_folder(self, folder: Folder) -> int:
         if folder.row != UNLISTED:

@@ -15,6 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from uuid import UUID
 
+import numpy as np
+
 from agent.contract import arrival as arrivals
 from agent.contract import columns
 from agent.contract import messages as m
@@ -23,7 +25,7 @@ from agent.contract.errors import DmiMalformed, NoSuchTransfer, NotificationUnha
 from agent.system.clock import monotonic_s, wall_ns
 from agent.system.files import write_durably
 from mgmt.catalog import VolumeEntry
-from mgmt.determination import Determination, determine
+from mgmt.determination import Determination, determine, members_of
 from mgmt.report import Circumstances, LossStatement, Seconds, state
 from mgmt.run import notices
 from mgmt.run.site import Site, Teller, nobody, release
@@ -93,6 +95,7 @@ def salvage(
         tuple(found.determination.designated.tolist()),
         found.determination.deletions,
         found.determination.complete,
+        tuple(tuple(np.flatnonzero(members_of(found.dmi, atomic)).tolist()) for atomic in entry.policy.atomic_sets),
     )
     begun = monotonic_s()
     salvaged = site.node(entry.secondary).ask(instruction, lambda progress: tell(entry.secondary, progress))

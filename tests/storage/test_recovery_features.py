@@ -7,6 +7,7 @@ import socket
 import stat
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -271,6 +272,8 @@ def test_H9_inline_data(make_scene: MakeScene) -> None:
         (root / "shrinks").write_bytes(os.urandom(9000))
         (root / "grows").write_bytes(b"small")
         (root / "empty").write_bytes(b"not yet")
+        (root / "folder" / "below").mkdir(parents=True)  # a directory that lives in its inode
+        (root / "folder" / "below" / "renamed").write_bytes(b"r" * 100)
 
     def change(root: Path) -> None:
         (root / "inline").write_bytes(b"some other bytes")
@@ -279,6 +282,8 @@ def test_H9_inline_data(make_scene: MakeScene) -> None:
         (root / "empty").write_bytes(b"")
         (root / "new").write_bytes(b"n" * 120)
         (root / "void").write_bytes(b"")
+        (root / "folder" / "below" / "renamed").rename(root / "folder" / "below" / "moved")
+        (root / "folder" / "below" / "made").write_bytes(b"m" * 5000)
 
     scene = make_scene(FilesystemKind.EXT4, "-O", "inline_data")
     scene.fill(fill)
@@ -537,3 +542,32 @@ def test_H12_a_name_open_but_unlinked_in_the_target_is_a_deletion(scene: Scene) 
     _, tree = scene.salvaged(job)
     assert tree.node(b"open") == built.base.node(b"open")
 
+
+def test_an_atomic_set_loses_all_its_members_with_one_that_has_no_room(scene: Scene) -> None:
+    room = 18 << 20 if scene.kind is FilesystemKind.EXT4 else 100 << 20
+
+    def fill(root: Path) -> None:
+        (root / "deleted").write_bytes(os.urandom(room))
+        (root / "log").write_bytes(b"log of the base")
+
+    def change(root: Path) -> None:
+        (root / "deleted").unlink()
+        for number in range(3):
+            (root / f"large{number}").write_bytes(os.urandom(room * 3 // 4 + number))
+        (root / "log").write_bytes(os.urandom(9000))
+        (root / "alone").write_bytes(os.urandom(9000))
+        (root / "torn").write_bytes(os.urandom(9000))
+
+    scene.fill(fill)
+    scene.change(change)
+    built = scene.build()
+    job = scene.job(built, scene.land(built, built.pieces(b"torn")))
+    members = tuple(built.row(name) for name in (b"log", b"large0", b"large1", b"large2"))
+    result, tree = scene.salvaged(replace(job, instruction=replace(job.instruction, atomic_sets=(members,))))
+    named = {outcome.file: outcome for outcome in result.exceptions}
+    assert set(members) <= set(named)
+    assert any("no room" in outcome.reason for outcome in named.values())
+    assert "atomic set" in named[built.row(b"log")].reason
+    assert tree.node(b"log") == built.base.node(b"log")
+    assert not any(path.startswith(b"large") for path in tree.paths)
+    assert tree.node(b"alone") == built.target.node(b"alone")
