@@ -11,9 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NEEDS_ROOT = ("storage", "lab", "faults")
 
 # Two shared cores make a deadline per example a coin toss; the time limit per test stands.
-settings.register_profile(
-    "landfall", deadline=None, database=DirectoryBasedExampleDatabase(ROOT / "build" / "hypothesis")
-)
+settings.register_profile("landfall", deadline=None, database=DirectoryBasedExampleDatabase(ROOT / "build" / "hypothesis"))
 settings.load_profile("landfall")
 
 

@@ -78,4 +78,3 @@ def compare(found: Walk, wanted: dict[bytes, tuple[Node, Identity]]) -> list[str
     here = {tuple(paths) for identity, paths in found.names().items() if not (len(paths) == 1 and paths[0] in folders)}
     differences += [f"hard links {group} are not as they must be" for group in groups ^ here]
     return differences
-
