@@ -15,8 +15,7 @@ from uuid import UUID
 import numpy as np
 
 from agent.contract import messages as m
-from agent.contract.arrival import Arrived
-from agent.contract.arrival import encode_head
+from agent.contract.arrival import Arrived, encode_head
 from agent.contract.closure import whole_files
 from agent.contract.dmi import HOLE, Change, Dmi
 from agent.contract.errors import BaseMismatch, DeviceBusy, LandfallError, NoSpace, NoSuchTransfer, RecordMalformed, TransferBusy
