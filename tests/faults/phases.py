@@ -367,3 +367,53 @@ def _nothing_new(node: NodeProcess) -> None:
     """Nothing that was half made is left."""
     left = [path for path in node.folder.rglob(".new-*") if "/srv/" not in str(path)]
     assert not left, f"left over: {left}"
+
+
+# --- what named cases ask ---
+
+
+def facts_of(node: NodeProcess, case: Case) -> m.TransferFacts:
+    """Return a node's facts of the transfer."""
+    transfers: m.Transfers = node.ask(m.ListTransfers())
+    return next(facts for facts in transfers.transfers if facts.id == case.transfer)
+
+
+def workspaces(node: NodeProcess, case: Case) -> list[str]:
+    """Return the names of the volume's workspaces."""
+    return sorted(path.name for path in (node.folder / "pool/volumes" / str(case.base.volume) / "workspaces").iterdir())
+
+
+def transfer_files(node: NodeProcess, case: Case) -> dict[str, bytes]:
+    """Return what a node remembers of the transfer, byte by byte."""
+    folder = node.folder / "state/transfers" / str(case.transfer)
+    found: dict[str, bytes] = {}
+    for path in folder.iterdir() if folder.exists() else ():
+        with suppress(FileNotFoundError):  # it was being replaced
+            found[path.name] = path.read_bytes()
+    return found
+
+
+def untouched(case: Case, nas2: NodeProcess) -> None:
+    """NAS 2 has the base, byte for byte, as its newest generation."""
+    assert served(nas2, case.base.volume).generations[-1].id == case.base
+    assert images_equal(nas2.image(case.base), case.source_image(case.base))
+
+
+def converged(case: Case, nas2: NodeProcess) -> None:
+    """NAS 2 has base and target, byte for byte, and nothing besides."""
+    assert served(nas2, case.base.volume).generations[-1].id == case.target
+    assert images_equal(nas2.image(case.base), case.source_image(case.base))
+    assert images_equal(nas2.image(case.target), case.source_image(case.target))
+    assert workspaces(nas2, case) == []
+
+
+@contextmanager
+def fresh(case: Case) -> Iterator[Pair]:
+    """Yield a pair as it was before the transfer, running; dead afterwards, with nothing left mounted or attached."""
+    pair = case.fresh()
+    try:
+        with running(pair):
+            yield pair
+    finally:
+        release(pair.nas1)
+        release(pair.nas2)

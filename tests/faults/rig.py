@@ -18,7 +18,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from agent.contract import messages as m
 from agent.contract.errors import LandfallError
 from agent.contract.identity import FilesystemKind, GenerationId, empty_generation
 from mgmt.authority import Authority
+from mgmt.lab.proxy import Endpoint, Proxy, Trigger
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["agent.daemon", "tests.faults.rig"])
@@ -142,6 +143,17 @@ class NodeProcess:
         self.process = None
         assert point.partition("=")[0] in self.passed(), f"{self.name} died before {point}"
 
+    def stopped(self) -> bool:
+        """Whether the agent is stopped (SIGSTOP), as by a failpoint."""
+        assert self.process is not None
+        return Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+
+    def go_on(self) -> None:
+        """SIGCONT."""
+        assert self.process is not None
+        assert self.process.pid is not None
+        os.kill(self.process.pid, signal.SIGCONT)
+
     def passed(self) -> list[str]:
         """Return the failpoints that the agent passed since ``start_armed``, in order."""
         return self._trace.read_text().split() if self._trace.exists() else []
@@ -229,6 +241,25 @@ def pool(folder: Path, size_bytes: int = 4096 * MIB) -> Iterator[Pool]:
     finally:
         made.unmount()
         image.unlink()
+
+
+class Link:
+    """The way from NAS 1 to NAS 2 through a proxy each time it is asked for; ``proxy`` is the newest."""
+
+    def __init__(self, trigger: Trigger | None = None) -> None:
+        self._trigger = trigger
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Link:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def route(self, address: str, port: int) -> tuple[str, int]:
+        """Return where to connect to instead."""
+        self.proxy = self._stack.enter_context(Proxy(Endpoint(address, 0), Endpoint(address, port), trigger=self._trigger))
+        return self.proxy.endpoint.host, self.proxy.endpoint.port
 
 
 @dataclass
