@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -117,9 +118,10 @@ def follow(case: Case, pair: Pair, differential: m.Differential) -> Followed:
     pair.nas1.kill()
     pair.nas2.kill()
     copy_tree(pair.nas2.folder, case.folder2 / "salvage")
-    salvaged = _salvage(case, NodeProcess(case.folder2 / "salvage", "nas2"))
-    sent = resume(case, pair, differential)
-    return replace(salvaged, sent_on_resume=sent)
+    with ThreadPoolExecutor(1) as executor:
+        salvaging = executor.submit(_salvage, case, NodeProcess(case.folder2 / "salvage", "nas2"))
+        sent = resume(case, pair, differential)
+    return replace(salvaging.result(), sent_on_resume=sent)
 
 
 def _salvage(case: Case, nas2: NodeProcess) -> Followed:

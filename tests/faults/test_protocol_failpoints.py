@@ -106,6 +106,7 @@ BUILD = (
     "differential.table_stored",
     "differential.names_stored",
     "src.before_dmi_durable",
+    "src.after_dmi_durable",
     "src.after_build",
 )
 SERVE = (
@@ -142,6 +143,33 @@ def test_every_failpoint_of_the_agent_has_a_row_here() -> None:
     named = {name for path in AGENT.rglob("*.py") for name in re.findall(r'failpoint(?:\(|, )f?"([^"]+)"', path.read_text())}
     named = {name.replace("{step}", step) for name in named for step in CLONES}
     assert named == {point.partition(":")[0] for _, point in ROWS}
+
+
+OTHERWISE = {
+    "src.after_dmi_stored": "src.after_mgmtinfo",  # the source waits in between
+    "src.after_finish": "src.before_commit",
+    "dst.after_accept": "dst.after_listen",  # the target waits in between
+    "serve.after_role": "substrate.operational.after",
+    "serve.after_mount": "serve.after_role",
+    "substrate.take.after_thaw": "substrate.take.frozen",
+    "substrate.take.before_freeze": "substrate.take.frozen",
+    "substrate.take.before_record": "substrate.take.before_rename",
+    "substrate.commit.before_rename": "substrate.commit.after_rename",
+}
+"""Where the point on the other side of a step has another name."""
+
+
+def test_every_step_has_a_point_before_it_and_one_after_it() -> None:
+    names = {point.partition(":")[0] for _, point in ROWS}
+    for name in names:
+        if name in OTHERWISE:
+            assert OTHERWISE[name] in names
+        elif name.startswith("substrate.") and name.endswith(".before_rename"):
+            assert name.removesuffix("_rename").replace(".before", ".after") in names
+        elif "before" in name:
+            assert {name.replace("before", "after"), name.replace("before", "renamed")} & names, name
+        elif "after" in name:
+            assert {name.replace("after", "before"), name.replace("after", "before_rename")} & names, name
 
 
 @pytest.mark.parametrize(("phase", "point"), ROWS, ids=[f"{phase.__name__}-{point.replace(':', '-')}" for phase, point in ROWS])
