@@ -8,9 +8,10 @@ from agent.contract import messages as m
 from agent.contract.errors import DeviceBusy
 from agent.contract.identity import GenerationId, GenerationKind, next_generation
 from agent.differential import build as differential
-from agent.service.node import Node, ProgressCall
+from agent.service.node import OPENED, Node, ProgressCall
 from agent.system.clock import wall_ns
 from agent.volume import filesystem
+from agent.volume.substrate import VolumeRecord
 
 
 def take(node: Node, arguments: m.TakeGeneration, progress: ProgressCall) -> m.Taken:
@@ -20,17 +21,19 @@ def take(node: Node, arguments: m.TakeGeneration, progress: ProgressCall) -> m.T
         newest = max(facts.id.counter for facts in node.substrate.generations(record.id))
         facts = m.GenerationFacts(next_generation(record.id, record.epoch, newest), GenerationKind.FROZEN, wall_ns())
         mount_point = node.mount_point(record) if node.serving(record) else None
+        if mount_point is None:
+            _settle(node, record)
         frozen_ms = node.substrate.take(record.id, mount_point, facts)
     return m.Taken(facts, frozen_ms)
 
 
 def drop(node: Node, arguments: m.DropGeneration, progress: ProgressCall) -> m.Done:
     """Give up a generation and what was derived from it; DeviceBusy while a transfer needs it."""
-    node.generation(arguments.generation)
-    for transfer in map(node.store.load, node.store.list()):
-        if transfer.state is not m.TransferState.COMMITTED and arguments.generation in (transfer.base, transfer.target):
-            raise DeviceBusy(f"transfer {transfer.id} needs generation {arguments.generation.name}", fix="Discard the transfer first.")
     with node.job(arguments.generation.volume, "generation.drop"):
+        node.generation(arguments.generation)
+        for transfer in map(node.store.load, node.store.list()):
+            if transfer.state is not m.TransferState.COMMITTED and arguments.generation in (transfer.base, transfer.target):
+                raise DeviceBusy(f"transfer {transfer.id} needs generation {arguments.generation.name}", fix="Discard the transfer first.")
         node.substrate.drop(arguments.generation)
         differential.drop(node.differential_state(arguments.generation.volume), arguments.generation)
     return m.Done()
@@ -55,5 +58,13 @@ def close_generation(node: Node, arguments: m.CloseGeneration, progress: Progres
     return m.Done()
 
 
+def _settle(node: Node, record: VolumeRecord) -> None:
+    """Let the filesystem of a volume that is not mounted replay its journal: after a crash the device alone is not what it holds."""
+    mount_point = node.private_folder("settle", str(record.id))
+    with node.substrate.operational(record.id) as device:
+        filesystem.mount(device, mount_point, record.filesystem, read_only=False)
+    filesystem.unmount(mount_point)
+
+
 def _opened_at(node: Node, generation: GenerationId) -> Path:
-    return node.private_folder("opened", f"{generation.volume}-{generation.name}")
+    return node.private_folder(OPENED, f"{generation.volume}-{generation.name}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Protocol
@@ -13,7 +13,7 @@ from uuid import UUID
 
 from agent.config import Config
 from agent.contract import messages as m
-from agent.contract.errors import NoSuchGeneration, NoSuchVolume, TransferBusy
+from agent.contract.errors import DeviceBusy, NoSuchGeneration, NoSuchVolume, TransferBusy
 from agent.contract.identity import GenerationId
 from agent.service.outbox import Outbox
 from agent.serving.samba import Samba
@@ -22,6 +22,9 @@ from agent.volume import filesystem
 from agent.volume.freeze import thaw_if_frozen
 from agent.volume.reflink import ReflinkSubstrate
 from agent.volume.substrate import Substrate, VolumeRecord
+
+OPENED = "opened"
+"""The private folder of generations that are mounted for somebody to look into."""
 
 ProgressCall = Callable[[str, int, int], None]
 """Called with a step's name, how much is done and how much there is."""
@@ -104,9 +107,9 @@ class Node:
     def claim(self, volume: UUID, what: str) -> None:
         """Hold the volume until ``release``; for jobs that run on in the background."""
         with self._lock:
-            holder = self._jobs.setdefault(volume, what)
-        if holder is not what:
-            raise TransferBusy(f"volume {volume} is busy: {holder}")
+            if holder := self._jobs.get(volume):
+                raise TransferBusy(f"volume {volume} is busy: {holder}")
+            self._jobs[volume] = what
 
     def release(self, volume: UUID) -> None:
         """Let go of a volume."""
@@ -114,11 +117,16 @@ class Node:
             self._jobs.pop(volume, None)
 
     def recover(self) -> None:
-        """Thaw, unmount private leftovers, let the substrate finish or sweep; idempotent."""
+        """Thaw, unmount private leftovers, let the substrate finish or sweep; idempotent.
+
+        An opened generation that somebody is looking into stays open: it is read-only, and ``generation.close`` ends it.
+        """
         for record in self.substrate.volumes():
             if self.serving(record):
                 thaw_if_frozen(self.mount_point(record))
-        filesystem.unmount_below(self.config.run_dir / "private")
+        for folder in self.config.run_dir.glob("private/*"):
+            with suppress(*([DeviceBusy] if folder.name == OPENED else [])):
+                filesystem.unmount_below(folder)
         self.substrate.recover()
 
     def close(self) -> None:

@@ -15,16 +15,9 @@ from agent.transfer.store import TransferRecord
 
 def update(node: Node, arguments: m.UpdateInstruction, progress: ProgressCall) -> m.Salvaged:
     """Store the designated files in the second operational volume. Every file is checked again by this node's own record."""
-    transfer = node.store.load(arguments.transfer)
-    if transfer.sending or transfer.state is not m.TransferState.INTERRUPTED:
-        raise NoSuchTransfer(f"transfer {transfer.id} is not an interrupted reception: it is {transfer.state}")
-    if node.serving(node.record(transfer.target.volume)):
-        raise DeviceBusy("this node serves the volume", fix="End serving first, or salvage before serving.")
-    if node.substrate.generations(transfer.base.volume)[-1].id != transfer.base:
-        raise BaseMismatch("the newest generation here is not the base of this transfer any more")
-    if identity(node.store.dmi_bytes(transfer.id)).hex() != arguments.dmi_digest:
-        raise RequestRefused("the update instruction speaks of another DMI than the one stored here", fix="Determine anew.")
-    with node.job(transfer.target.volume, f"salvage.update {transfer.id}"):
+    volume = node.record(node.store.load(arguments.transfer).target.volume)
+    with node.job(volume.id, f"salvage.update {arguments.transfer}"):
+        transfer = _salvageable(node, arguments)
         ready_landing(node, transfer, node.store.dmi(transfer.id))
         place_healed(node, transfer)
         salvaged = salvage(_job(node, transfer, arguments, progress))
@@ -34,19 +27,39 @@ def update(node: Node, arguments: m.UpdateInstruction, progress: ProgressCall) -
     return salvaged
 
 
+def _salvageable(node: Node, arguments: m.UpdateInstruction) -> TransferRecord:
+    """Return the transfer of an update instruction. Everything that speaks against storing its files is said here."""
+    transfer = node.store.load(arguments.transfer)
+    volume = node.record(transfer.target.volume)
+    if transfer.sending or transfer.state is not m.TransferState.INTERRUPTED:
+        raise NoSuchTransfer(f"transfer {transfer.id} is not an interrupted reception: it is {transfer.state}")
+    if node.serving(volume):
+        raise DeviceBusy("this node serves the volume", fix="Salvage before serving: what clients wrote since then cannot be merged.")
+    if volume.role is not m.Role.SECONDARY:
+        raise BaseMismatch(
+            f"node {node.config.node} was made the primary of volume {volume.name}, and what it serves is not cloned anew",
+            fix="Salvage before serving.",
+        )
+    if node.substrate.generations(transfer.base.volume)[-1].id != transfer.base:
+        raise BaseMismatch("the newest generation here is not the base of this transfer any more")
+    if identity(node.store.dmi_bytes(transfer.id)).hex() != arguments.dmi_digest:
+        raise RequestRefused("the update instruction speaks of another DMI than the one stored here", fix="Determine anew.")
+    return transfer
+
+
 def undo_salvage(node: Node, arguments: m.UndoSalvage, progress: ProgressCall) -> m.Done:
     """Take the newest salvage of a volume back; its transfer is resumable again."""
-    volume = node.record(arguments.volume)
-    if node.serving(volume) or volume.role is not m.Role.SECONDARY:
-        raise DeviceBusy("the salvaged volume is served: clients may have written to it", fix="It cannot be undone any more.")
-    for number in node.store.list():
-        transfer = node.store.load(number)
-        if transfer.target.volume == volume.id and transfer.state is m.TransferState.SALVAGED:
-            nothing = m.UpdateInstruction(number, "", (), m.Deletions.HOLD, complete=False)
-            with node.job(volume.id, "salvage.undo"):
+    with node.job(arguments.volume, "salvage.undo"):
+        volume = node.record(arguments.volume)
+        if node.serving(volume) or volume.role is not m.Role.SECONDARY:
+            raise DeviceBusy("the salvaged volume is served: clients may have written to it", fix="It cannot be undone any more.")
+        for number in node.store.list():
+            transfer = node.store.load(number)
+            if transfer.target.volume == volume.id and transfer.state is m.TransferState.SALVAGED:
+                nothing = m.UpdateInstruction(number, "", (), m.Deletions.HOLD, complete=False)
                 undo(_job(node, transfer, nothing, progress))
                 node.store.set_state(number, m.TransferState.INTERRUPTED)
-            return m.Done()
+                return m.Done()
     raise NoSuchTransfer(f"no salvage of volume {volume.name} can be undone")
 
 

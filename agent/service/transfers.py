@@ -18,7 +18,17 @@ from agent.contract import messages as m
 from agent.contract.arrival import Arrived, encode_head
 from agent.contract.closure import whole_files
 from agent.contract.dmi import HOLE, Change, Dmi
-from agent.contract.errors import BaseMismatch, DeviceBusy, LandfallError, NoSpace, NoSuchTransfer, RecordMalformed, TransferBusy
+from agent.contract.errors import (
+    BaseMismatch,
+    DeviceBusy,
+    DmiMalformed,
+    LandfallError,
+    NoSpace,
+    NoSuchTransfer,
+    RecordMalformed,
+    TransferBusy,
+    VersionUnknown,
+)
 from agent.contract.identity import BLOCK_BYTES, GenerationId, GenerationKind
 from agent.differential.build import BuildRequest, build
 from agent.differential.reader import View
@@ -55,7 +65,6 @@ def build_transfer(node: Node, arguments: m.BuildTransfer, progress: ProgressCal
             dmi = _build(node, record, arguments)
             failpoint("src.before_dmi_durable")
             node.store.store_dmi(arguments.transfer, dmi.encode())
-            failpoint("src.after_dmi_durable")
         except BaseException:
             node.store.discard(arguments.transfer)
             raise
@@ -151,8 +160,9 @@ def fetch_arrival(node: Node, arguments: m.FetchArrival, progress: ProgressCall)
 
 def discard(node: Node, arguments: m.DiscardTransfer, progress: ProgressCall) -> m.Done:
     """Forget a transfer; on NAS 1 its target generation too, unless it was committed. The running one is refused."""
-    transfer = node.store.load(arguments.transfer)
-    with node.job(transfer.target.volume, "transfer.discard"):
+    volume = node.store.load(arguments.transfer).target.volume
+    with node.job(volume, "transfer.discard"):
+        transfer = node.store.load(arguments.transfer)  # it may have been committed before the volume was ours
         failpoint("dst.before_discard")
         _discard(node, transfer)
         failpoint("dst.after_discard")
@@ -432,20 +442,10 @@ def _discard(node: Node, transfer: TransferRecord) -> None:
 
 
 def _facts(node: Node, transfer: TransferRecord) -> m.TransferFacts:
+    """Return what is known of a transfer; one whose DMI or arrival record is damaged counts nothing, and can be discarded."""
     pieces = arrived = bytes_total = bytes_arrived = files = whole = 0
-    if node.store.has_dmi(transfer.id):
-        dmi = node.store.dmi(transfer.id)
-        blocks = dmi.block_count.astype(np.uint64) * BLOCK_BYTES
-        if transfer.differential is m.Differential.SEND:
-            blocks = blocks * (np.uint64(1) + (dmi.diff_block != HOLE).astype(np.uint64))
-        reported = (dmi.change & (Change.DELETED | Change.NAMELESS)) == 0
-        pieces, files, bytes_total = dmi.piece_total, int(reported.sum()), int(blocks.sum())
-        if transfer.state is m.TransferState.COMMITTED:
-            arrived, bytes_arrived, whole = pieces, bytes_total, files
-        elif not transfer.sending:
-            complete = node.store.arrival(transfer.id, node.store.dmi_digest(transfer.id), pieces).complete
-            arrived, bytes_arrived = int(complete.sum()), int(blocks[complete].sum())
-            whole = int((whole_files(dmi, complete) & reported).sum())
+    with suppress(DmiMalformed, RecordMalformed, VersionUnknown):
+        pieces, arrived, bytes_total, bytes_arrived, files, whole = _counts(node, transfer)
     return m.TransferFacts(
         transfer.id,
         transfer.target.volume,
@@ -462,3 +462,22 @@ def _facts(node: Node, transfer: TransferRecord) -> m.TransferFacts:
         whole,
         transfer.since_ns,
     )
+
+
+def _counts(node: Node, transfer: TransferRecord) -> tuple[int, int, int, int, int, int]:
+    """Return pieces, of these arrived, their bytes, of these arrived, files, of these whole."""
+    pieces = arrived = bytes_total = bytes_arrived = files = whole = 0
+    if node.store.has_dmi(transfer.id):
+        dmi = node.store.dmi(transfer.id)
+        blocks = dmi.block_count.astype(np.uint64) * BLOCK_BYTES
+        if transfer.differential is m.Differential.SEND:
+            blocks = blocks * (np.uint64(1) + (dmi.diff_block != HOLE).astype(np.uint64))
+        reported = (dmi.change & (Change.DELETED | Change.NAMELESS)) == 0
+        pieces, files, bytes_total = dmi.piece_total, int(reported.sum()), int(blocks.sum())
+        if transfer.state is m.TransferState.COMMITTED:
+            arrived, bytes_arrived, whole = pieces, bytes_total, files
+        elif not transfer.sending:
+            complete = node.store.arrival(transfer.id, node.store.dmi_digest(transfer.id), pieces).complete
+            arrived, bytes_arrived = int(complete.sum()), int(blocks[complete].sum())
+            whole = int((whole_files(dmi, complete) & reported).sum())
+    return pieces, arrived, bytes_total, bytes_arrived, files, whole

@@ -10,10 +10,15 @@ from agent.serving.samba import Share
 from agent.system.failpoint import failpoint
 from agent.volume import filesystem
 from agent.volume.substrate import VolumeRecord
+from agent.volume.superblock import kind_of
 
 
 def create(node: Node, arguments: m.CreateVolume, progress: ProgressCall) -> m.VolumeFacts:
-    """Make an operational volume with an empty filesystem and serve it. If we die before it is served, the volume is there, not serving."""
+    """Make an operational volume with an empty filesystem and serve it.
+
+    If we die before it is served, the volume is there, not serving; asked again, what is missing is done, and a filesystem that is there
+    stays as it is.
+    """
     record = VolumeRecord(
         arguments.volume,
         plain_name(arguments.name),
@@ -23,15 +28,19 @@ def create(node: Node, arguments: m.CreateVolume, progress: ProgressCall) -> m.V
         m.Role.PRIMARY,
         epoch=1,
     )
-    _refuse_known(node, record)
     with node.job(record.id, "volume.create"):
-        node.substrate.create(record)
+        is_new = not _is_unfinished(node, record)
+        if is_new:
+            _refuse_known(node, record)
+            node.substrate.create(record)
         try:
             with node.substrate.operational(record.id) as device:
-                filesystem.make(device, record.filesystem, arguments.mkfs_options)
+                if kind_of(device) is None:
+                    filesystem.make(device, record.filesystem, arguments.mkfs_options)
                 filesystem.refuse_unsupported(device, record.filesystem)
         except BaseException:
-            node.substrate.remove(record.id)
+            if is_new:
+                node.substrate.remove(record.id)
             raise
         _start_serving(node, record)
     return facts_of(node, record)
@@ -111,6 +120,11 @@ def facts_of(node: Node, record: VolumeRecord) -> m.VolumeFacts:
         str(mount_point) if serving else "",
         generations,
     )
+
+
+def _is_unfinished(node: Node, record: VolumeRecord) -> bool:
+    """Whether exactly this volume is here and was perhaps never served: its making may have broken off."""
+    return record in node.substrate.volumes() and not node.serving(record) and len(node.substrate.generations(record.id)) == 1
 
 
 def _refuse_known(node: Node, record: VolumeRecord) -> None:

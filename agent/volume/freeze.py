@@ -46,6 +46,7 @@ def frozen(mount_point: Path, *, limit_s: float = 10.0) -> Iterator[Freeze]:
     mount_fd = os.open(mount_point, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     ours, guards = socket.socketpair()
     measured = Freeze()
+    ordered = False
     try:
         with ours:
             with guards:
@@ -56,6 +57,7 @@ def frozen(mount_point: Path, *, limit_s: float = 10.0) -> Iterator[Freeze]:
                 _expect(ours, b"r", "the guard did not start")
                 block.sync_filesystem(mount_fd)  # what is written back now is not written back under the freeze
                 ours.settimeout(None)  # FIFREEZE ends when the writers in flight have, and cannot be interrupted
+                ordered = True
                 ours.send(b"f")
                 _expect(ours, b"f", "the filesystem could not be frozen")
                 measured.began_s = monotonic_s()
@@ -66,8 +68,8 @@ def frozen(mount_point: Path, *, limit_s: float = 10.0) -> Iterator[Freeze]:
                     _thaw(ours, measured)
             finally:
                 ours.close()  # whatever the guard waits for, it thaws and ends now
-                if guard.wait(timeout=limit_s + _START_LIMIT_S) != 0 and measured.began_s:
-                    thaw_if_frozen(mount_point)  # somebody killed the guard
+                if guard.wait(timeout=limit_s + _START_LIMIT_S) != 0 and ordered:
+                    thaw_if_frozen(mount_point)  # somebody killed the guard, perhaps before it could answer
     finally:
         os.close(mount_fd)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from uuid import UUID, uuid4
 
 from agent.contract import messages as m
-from agent.contract.errors import BaseMismatch, LandfallError, NodeUnreachable, NoSuchTransfer, Retry, TransferBusy
+from agent.contract.errors import BaseMismatch, LandfallError, NodeUnreachable, NoSuchTransfer, NoSuchVolume, Retry, TransferBusy
 from agent.contract.identity import GenerationId, GenerationKind, empty_generation
 from agent.system.clock import monotonic_s, wall_ns
 from mgmt.catalog import TransferEntry, VolumeEntry
@@ -125,17 +125,22 @@ def replicate(
 def discard(site: Site, name: str, transfer: UUID | None = None) -> list[tuple[UUID, str]]:
     """Return the open transfers given up, each with the node that forgot it; without ``transfer`` all of the volume.
 
-    NodeUnreachable nodes are left out: theirs is discarded when they are asked again.
+    A primary that does not answer is left out: it is asked again another time. What the secondary has committed, though the primary did
+    not hear of it, is not open: the primary keeps its generation, the newest that both have. NodeUnreachable if that cannot be known.
     """
     entry = site.catalog.volume(name)
     gone = []
+    committed, away = _committed(site, entry)
     for node in (entry.secondary, entry.primary):
         try:
             listed = site.node(node).ask(m.ListTransfers()).transfers
         except NodeUnreachable:
             continue
         for facts in listed:
-            if facts.volume == entry.id and facts.state in OPEN_STATES and transfer in {None, facts.id}:
+            is_open = facts.state in OPEN_STATES and facts.target not in committed
+            if away and facts.sending and facts.state is m.TransferState.INTERRUPTED:
+                raise away
+            if facts.volume == entry.id and is_open and transfer in {None, facts.id}:
                 site.node(node).ask(m.DiscardTransfer(facts.id))
                 gone.append((facts.id, node))
     if not gone:
@@ -144,6 +149,16 @@ def discard(site: Site, name: str, transfer: UUID | None = None) -> list[tuple[U
         site.catalog.end_transfer(found, "discarded", wall_ns())
         site.catalog.mark_handled(found)
     return gone
+
+
+def _committed(site: Site, entry: VolumeEntry) -> tuple[set[GenerationId], NodeUnreachable | None]:
+    """Return the generations of the secondary, and why they are not known."""
+    try:
+        return {facts.id for facts in facts_of(site.node(entry.secondary), entry.id).generations}, None
+    except NoSuchVolume:
+        return set(), None
+    except NodeUnreachable as error:
+        return set(), error
 
 
 def _discard_overtaken(site: Site, entry: VolumeEntry, committed: GenerationId) -> None:

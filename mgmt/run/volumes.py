@@ -7,7 +7,7 @@ from uuid import UUID, uuid4
 
 from agent.contract import messages as m
 from agent.contract.errors import LandfallError, NodeUnreachable, NoSuchVolume, PrimaryAlive, VolumeExists
-from agent.contract.identity import FilesystemKind, plain_name
+from agent.contract.identity import FilesystemKind, GenerationKind, plain_name
 from mgmt.catalog import VolumeEntry
 from mgmt.determination import Policy
 from mgmt.reach import Node
@@ -46,7 +46,7 @@ def add_volume(
         if _held(one, entry.id) and _held(other, entry.id):
             raise VolumeExists(f"there is a volume {name} already")
     facts = _held(one, entry.id)
-    if facts is None:
+    if facts is None or _is_unfinished(facts):
         create = m.CreateVolume(entry.id, name, filesystem, size_bytes, sector_bytes, mkfs_options)
         try:
             facts = one.ask(create)
@@ -106,6 +106,11 @@ def facts_of(node: Node, volume: UUID) -> m.VolumeFacts:
     if facts is None:
         raise NoSuchVolume(f"{node.name} holds no volume {volume}")
     return facts
+
+
+def _is_unfinished(facts: m.VolumeFacts) -> bool:
+    """Whether the making of a volume broke off, perhaps, before it was served for the first time."""
+    return not facts.serving and all(held.kind is GenerationKind.EMPTY for held in facts.generations)
 
 
 def _held(node: Node, volume: UUID) -> m.VolumeFacts | None:
