@@ -65,6 +65,7 @@ def build_transfer(node: Node, arguments: m.BuildTransfer, progress: ProgressCal
             dmi = _build(node, record, arguments)
             failpoint("src.before_dmi_durable")
             node.store.store_dmi(arguments.transfer, dmi.encode())
+            failpoint("src.after_dmi_durable")
         except BaseException:
             node.store.discard(arguments.transfer)
             raise
