@@ -42,6 +42,7 @@ def _salvageable(node: Node, arguments: m.UpdateInstruction) -> TransferRecord:
         )
     if node.substrate.generations(transfer.base.volume)[-1].id != transfer.base:
         raise BaseMismatch("the newest generation here is not the base of this transfer any more")
+    node.substrate.refuse_written(transfer.base)  # what is salvaged is labelled as this base with whole files in it
     if identity(node.store.dmi_bytes(transfer.id)).hex() != arguments.dmi_digest:
         raise RequestRefused("the update instruction speaks of another DMI than the one stored here", fix="Determine anew.")
     return transfer

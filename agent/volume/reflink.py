@@ -238,7 +238,8 @@ class ReflinkSubstrate:
             raise BaseMismatch(
                 f"somebody wrote to generation {generation.name} after it was complete, or put another file in its place",
                 cause=f"{image} was modified at {is_ns} ns, and should not have been since {was_ns} ns",
-                fix="Drop it here and replicate from an older generation that both nodes hold, or in full.",
+                fix="Drop it here and replicate from an older generation that both nodes hold, or in full. "
+                "If you vouch for its content, give the image that time back (`touch -d @SECONDS.NANOSECONDS`).",
             )
 
     # --- the operational volume ---

@@ -318,6 +318,21 @@ def test_B14_an_older_backup_in_the_place_of_the_base_is_refused(ext4_case: Case
     release(pair.nas2)
 
 
+def test_B14_nothing_is_salvaged_onto_an_older_backup_unless_somebody_vouches_for_it(xfs_case: Case) -> None:
+    pair = interrupted(xfs_case, SEND)
+    image = pair.nas2.image(xfs_case.base)
+    was_ns = image.stat().st_mtime_ns
+    image.write_bytes(image.read_bytes())  # the same content, as it happens
+    with running(pair):
+        ordered = instruction(xfs_case, pair.nas2)
+        with pytest.raises(BaseMismatch, match="wrote to generation"):
+            pair.nas2.ask(ordered)
+        assert state_of(pair.nas2, xfs_case) is m.TransferState.INTERRUPTED
+        untouched(xfs_case, pair.nas2)
+    subprocess.run(["touch", "-d", f"@{was_ns // 10**9}.{was_ns % 10**9:09d}", image], check=True)
+    assert follow(xfs_case, pair, SEND).salvaged
+
+
 def _drop_and_replicate_in_full(case: Case, pair: Pair) -> None:
     """Do what the refusal advises: the way back is open."""
     if state_of(pair.nas2, case) is not None:
@@ -327,6 +342,24 @@ def _drop_and_replicate_in_full(case: Case, pair: Pair) -> None:
     transfer = pair.build(older, case.target)
     pair.receive_and_send(transfer, older, case.target, VERIFY)
     assert images_equal(pair.nas2.image(case.target), case.source_image(case.target))
+
+
+def test_I10_nothing_is_written_outside_of_the_nodes_own_folders(ext4_case: Case) -> None:
+    def others() -> list[tuple[str, int, int]]:
+        mine = {"run1", "run2", "salvage"}
+        found = []
+        for folder in (ext4_case.folder1, ext4_case.folder2):
+            for path in folder.rglob("*"):
+                if path.relative_to(folder).parts[0] not in mine and not path.is_socket():
+                    found.append((str(path), path.lstat().st_size, path.lstat().st_mtime_ns))
+        return sorted(found)
+
+    before = others()
+    follow(ext4_case, interrupted(ext4_case, SEND, whole=False), SEND)
+    assert others() == before
+    allowed = {"state", "pool", "run", "srv", "agent.log", "trace", "dmi", "arrival", "loss.json"}
+    for folder in (ext4_case.folder1 / "run1", ext4_case.folder2 / "run2", ext4_case.folder2 / "salvage"):
+        assert {path.name for path in folder.iterdir()} <= allowed
 
 
 def test_a_node_that_was_promoted_meanwhile_takes_nothing_more_of_the_transfer(ext4_case: Case) -> None:
