@@ -54,7 +54,7 @@ class Reason(IntEnum):
 
 _SENTENCES: Final = {
     Reason.ARRIVED: "all its update and differential data arrived",
-    Reason.RECORDED: "it has no data blocks; its record arrived with the DMI",
+    Reason.RECORDED: "none of its data changed; its record arrived with the DMI",
     Reason.PIECES_MISSING: "not all its data arrived; it keeps the content of the base",
     Reason.NEW_PIECES_MISSING: "it is new and not all its data arrived",
     Reason.BASE_DIFFERS: "the base on the secondary is not what the primary had, and could not be healed",

@@ -13,6 +13,7 @@ from agent.contract.errors import NameRefused
 BLOCK_BYTES = 4096
 """Bytes of a block everywhere in Landfall: of volumes, differentials and digests."""
 
+_SHARES_OF_SAMBA = frozenset({"global", "homes", "printers"})  # smb.conf(5), "Special sections"
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_.][A-Za-z0-9_.-]{0,63}")
 
 
@@ -68,4 +69,11 @@ def plain_name(text: str) -> str:
     """
     if not _PLAIN_NAME.fullmatch(text) or text in {".", ".."}:
         raise NameRefused(f"{text!r} cannot name a volume or a node")
+    return text
+
+
+def volume_name(text: str) -> str:
+    """Return ``text`` if it is fit to name a volume, which is also its share; NameRefused otherwise."""
+    if plain_name(text).lower() in _SHARES_OF_SAMBA:
+        raise NameRefused(f"{text!r} cannot name a volume: to Samba it is no share like others", fix="Choose another name.")
     return text

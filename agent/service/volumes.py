@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from agent.contract import messages as m
-from agent.contract.errors import DeviceBusy, VolumeExists
-from agent.contract.identity import GenerationKind, plain_name
+from agent.contract.errors import DeviceBusy, NoSuchGeneration, VolumeExists
+from agent.contract.identity import GenerationKind, volume_name
 from agent.service.node import Node, ProgressCall
 from agent.serving.samba import Share
 from agent.system.failpoint import failpoint
@@ -21,7 +21,7 @@ def create(node: Node, arguments: m.CreateVolume, progress: ProgressCall) -> m.V
     """
     record = VolumeRecord(
         arguments.volume,
-        plain_name(arguments.name),
+        volume_name(arguments.name),
         arguments.filesystem,
         arguments.size_bytes,
         arguments.sector_bytes,
@@ -38,11 +38,12 @@ def create(node: Node, arguments: m.CreateVolume, progress: ProgressCall) -> m.V
                 if kind_of(device) is None:
                     filesystem.make(device, record.filesystem, arguments.mkfs_options)
                 filesystem.refuse_unsupported(device, record.filesystem)
+            _start_serving(node, record)
         except BaseException:
             if is_new:
+                _stop_serving(node, record)
                 node.substrate.remove(record.id)
             raise
-        _start_serving(node, record)
     return facts_of(node, record)
 
 
@@ -50,7 +51,7 @@ def admit(node: Node, arguments: m.AdmitReplica, progress: ProgressCall) -> m.Vo
     """Get ready to hold the second operational volume. Asked again for the same volume, it changes nothing."""
     record = VolumeRecord(
         arguments.volume,
-        plain_name(arguments.name),
+        volume_name(arguments.name),
         arguments.filesystem,
         arguments.size_bytes,
         arguments.sector_bytes,
@@ -80,6 +81,11 @@ def serve(node: Node, arguments: m.ServeVolume, progress: ProgressCall) -> m.Vol
         with node.job(record.id, "volume.serve"):
             if record.role is m.Role.SECONDARY:
                 newest = node.substrate.generations(record.id)[-1]
+                if newest.kind is GenerationKind.EMPTY:
+                    raise NoSuchGeneration(
+                        f"node {node.config.node} holds no generation of volume {record.name}: it was never replicated",
+                        fix="`landfall replicate` brings one.",
+                    )
                 node.substrate.clone_operational(record.id, newest.id)
                 node.substrate.set_role(record.id, m.Role.PRIMARY, record.epoch + 1)
                 failpoint("serve.after_role")
@@ -93,9 +99,7 @@ def unserve(node: Node, arguments: m.StopServing, progress: ProgressCall) -> m.V
     """End exports, then unmount; DeviceBusy if a local process holds a file open."""
     record = node.record(arguments.volume)
     with node.job(record.id, "volume.unserve"):
-        node.samba.withdraw(record.name)
-        if node.serving(record):
-            filesystem.unmount(node.mount_point(record))
+        _stop_serving(node, record)
         if node.serving(record):
             raise DeviceBusy(f"volume {record.name} is still mounted")
     return facts_of(node, record)
@@ -129,7 +133,7 @@ def _is_unfinished(node: Node, record: VolumeRecord) -> bool:
 
 def _refuse_known(node: Node, record: VolumeRecord) -> None:
     for known in node.substrate.volumes():
-        if known.id == record.id or known.name == record.name:
+        if known.id == record.id or known.name.lower() == record.name.lower():
             raise VolumeExists(f"node {node.config.node} holds a volume {known.name} ({known.id}) already")
 
 
@@ -139,6 +143,12 @@ def _start_serving(node: Node, record: VolumeRecord) -> None:
     with node.substrate.operational(record.id) as device:
         filesystem.mount(device, mount_point, record.filesystem, read_only=False)
     _export(node, record)
+
+
+def _stop_serving(node: Node, record: VolumeRecord) -> None:
+    node.samba.withdraw(record.name)
+    if node.serving(record):
+        filesystem.unmount(node.mount_point(record))
 
 
 def _export(node: Node, record: VolumeRecord) -> None:

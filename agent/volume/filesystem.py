@@ -51,12 +51,24 @@ _ALLOWED: Final = {
     FilesystemKind.XFS: frozenset({"-q", "-f", "-K", "-b", "-s", "-m", "-d", "-i", "-n", "-l"}),
 }
 _FLAGS: Final = frozenset({"-q", "-F", "-f", "-K"})
+_TAKEN: Final = {
+    FilesystemKind.EXT4: _ALLOWED[FilesystemKind.EXT4] | {"-E", "-L", "-T", "-i", "-m"},
+    FilesystemKind.XFS: _ALLOWED[FilesystemKind.XFS] | {"-L"},
+}
 
 thaw = thaw_if_frozen
 
 
 def make(device: Path, kind: FilesystemKind, options: tuple[str, ...] = ()) -> None:
-    """Make an empty filesystem with blocks of 4096 bytes; ``options`` are mkfs's own. ``refuse_unsupported`` judges the result."""
+    """Make an empty filesystem with blocks of 4096 bytes; ``options`` are mkfs's own. ``refuse_unsupported`` judges the result.
+
+    LayoutUnsupported, before anything runs, for words that reach beyond the volume: another device, another file, another program's work.
+    """
+    for word in _beyond(kind, options):
+        raise LayoutUnsupported(
+            f"mkfs option {word!r} is not for a volume, whose data, log and journal all lie on its own device",
+            fix=f"Leave it out; taken are {' '.join(sorted(_TAKEN[kind]))} with a value that names no device and no file.",
+        )
     blocks = () if "-b" in options else _BLOCKS[kind]
     run([*_program(kind), *blocks, *options, str(device)], timeout_s=_MAKE_LIMIT_S)
 
@@ -248,6 +260,19 @@ def _refuse_words(kind: FilesystemKind, arguments: tuple[str, ...]) -> None:
             refused = option not in _ALLOWED[kind] or not _VALUE.fullmatch(value) or _ELSEWHERE.search(value) is not None
     if refused:
         raise LayoutUnsupported(f"these words do not make a {kind}", cause=" ".join(arguments)[:400])
+
+
+def _beyond(kind: FilesystemKind, options: tuple[str, ...]) -> Iterator[str]:
+    """Yield what an operator may not hand on to mkfs, in the order of the words."""
+    words = list(options)
+    while words:
+        option = words.pop(0)
+        if option not in _TAKEN[kind]:
+            yield option
+        elif option not in _FLAGS:
+            value = words.pop(0) if words else ""
+            if not value or value.startswith("-") or "/" in value or _ELSEWHERE.search(value) or "offset=" in value:
+                yield f"{option} {value}".rstrip()
 
 
 def _is_read_only(device: Path) -> bool:

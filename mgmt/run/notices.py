@@ -10,7 +10,7 @@ from typing import Final
 from uuid import UUID
 
 from agent.contract import messages as m
-from agent.contract.errors import NodeUnreachable, NotificationUnhandled
+from agent.contract.errors import HostKeyChanged, NodeUnreachable, NotificationUnhandled
 from agent.system.clock import monotonic_s
 from mgmt.run.site import Site
 
@@ -33,7 +33,7 @@ def collect(site: Site) -> Collected:
     for name in site.inventory.names:
         try:
             new += _take(site, name, 0.0)
-        except NodeUnreachable:
+        except (NodeUnreachable, HostKeyChanged):
             unreachable.append(name)
     return Collected(tuple(new), tuple(unreachable))
 

@@ -179,9 +179,10 @@ def _continued(site: Site, entry: VolumeEntry) -> _Order | None:
     there = {facts.id for facts in facts_of(primary, entry.id).generations}
     received = [facts for facts in secondary.ask(m.ListTransfers()).transfers if facts.volume == entry.id and not facts.sending]
     if any(facts.state is m.TransferState.SALVAGED for facts in received):
+        undo = f"`landfall salvage {entry.name} --undo` makes its transfer resumable again"
         raise TransferBusy(
             f"{entry.secondary} holds a salvaged generation of volume {entry.name}",
-            fix=f"`landfall salvage {entry.name} --undo` makes its transfer resumable again.",
+            fix=f"{undo}, unless {entry.secondary} has served it: then it is the volume now, and is not replicated back by this release.",
         )
     unfinished = {facts.id for facts in received if facts.state in OPEN_STATES}
     sending = [facts for facts in primary.ask(m.ListTransfers()).transfers if facts.volume == entry.id and facts.sending]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from agent.contract import messages as m
 from agent.contract.errors import LandfallError, NodeUnreachable
+from agent.contract.identity import GenerationKind
 from mgmt.catalog import SeenNotification, VolumeEntry
 from mgmt.determination import Gauge
 from mgmt.run import notices
@@ -40,6 +41,12 @@ class Standing:
         return [facts for facts in listed if facts.state in OPEN_STATES]
 
     @property
+    def never_replicated(self) -> bool:
+        """Whether the secondary holds the empty generation alone."""
+        held = self.secondary.facts.generations if self.secondary.facts else ()
+        return all(facts.kind is GenerationKind.EMPTY for facts in held)
+
+    @property
     def sentence(self) -> str:
         """The standing in one sentence, and what to do if there is something to do."""
         name, behind = self.volume.name, self.open_transfers
@@ -49,11 +56,14 @@ class Standing:
         if salvaged:
             return f"{self.secondary.node} holds what was salvaged of transfer {salvaged[-1].id}"
         if self.primary.facts is None and behind:
-            return f"{self.primary.node} is gone: if it stays so, `landfall salvage {name}` brings {gauge_of(behind[-1]).sentence}"
+            return f"{self.primary.node} does not answer: if it stays so, `landfall salvage {name}` brings {gauge_of(behind[-1]).sentence}"
         if behind:
             return f"a transfer is {behind[-1].state}: if {self.primary.node} died now, {gauge_of(behind[-1]).sentence} would survive"
+        if self.never_replicated:
+            gone = f"{self.primary.node} says nothing of it ({self.primary.problem}), and " if self.primary.facts is None else ""
+            return f"{gone}{self.secondary.node} holds nothing of it: it was never replicated"
         if self.primary.facts is None:
-            return f"{self.primary.node} is gone; {self.secondary.node} holds the last generation that was committed"
+            return f"{self.primary.node} does not answer; {self.secondary.node} holds the last generation that was committed"
         return "nothing is open"
 
 

@@ -7,7 +7,7 @@ from uuid import UUID, uuid4
 
 from agent.contract import messages as m
 from agent.contract.errors import LandfallError, NodeUnreachable, NoSuchVolume, PrimaryAlive, VolumeExists
-from agent.contract.identity import FilesystemKind, GenerationKind, plain_name
+from agent.contract.identity import FilesystemKind, GenerationKind, volume_name
 from mgmt.catalog import VolumeEntry
 from mgmt.determination import Policy
 from mgmt.reach import Node
@@ -31,12 +31,12 @@ def add_volume(
 
     Recorded first: if we die here, adding the same volume again finishes what is missing.
     """
-    plain_name(name)
+    volume_name(name)
     entry = VolumeEntry(uuid4(), name, primary, secondary, filesystem, size_bytes, policy or Policy(), priorities)
     one, other = site.node(primary), site.node(secondary)
     for node in (primary, secondary):
         site.hello(node)
-    known = next((found for found in site.catalog.volumes() if found.name == name), None)
+    known = next((found for found in site.catalog.volumes() if found.name.lower() == name.lower()), None)
     if known is None:
         site.catalog.add_volume(entry)
     elif dataclasses.replace(known, id=entry.id, policy=entry.policy, priorities=entry.priorities) != entry:

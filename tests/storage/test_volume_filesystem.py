@@ -447,3 +447,39 @@ def test_many_filesystems_are_unmounted_below_a_folder(tmp_path: Path) -> None:
             after.callback(lambda path: filesystem.unmount(path) if filesystem.is_mounted(path) else None, mount_point)
         filesystem.unmount_below(tmp_path / "below")
         assert not any(filesystem.is_mounted(tmp_path / "below" / f"{n} with a space") for n in range(3))
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (XFS, ("-l", "logdev=/dev/null,size=64m")),
+        (XFS, ("-l", "logdev=null")),
+        (XFS, ("-r", "rtdev=/dev/null")),
+        (XFS, ("-d", "file,name=other.img,size=400m")),
+        (XFS, ("-p", "/etc/passwd")),
+        (XFS, ("-c", "options=/etc/passwd")),
+        (EXT4, ("-J", "device=/dev/null")),
+        (EXT4, ("-d", "/usr/bin")),
+        (EXT4, ("-E", "nodiscard,offset=4096")),
+        (EXT4, ("-l", "/etc/passwd")),
+        (EXT4, ("/dev/null",)),
+        (EXT4, ("-n",)),
+        (EXT4, ("-O",)),
+        (EXT4, ("-O", "-n")),
+    ],
+)
+def test_J10_options_of_mkfs_that_reach_beyond_the_volume_run_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: FilesystemKind, options: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr(filesystem, "run", lambda *_, **__: pytest.fail("a program was started"))
+    with pytest.raises(LayoutUnsupported) as refused:
+        filesystem.make(tmp_path / "volume.img", kind, options)
+    assert options[0] in refused.value.message
+
+
+def test_options_of_mkfs_that_lay_out_the_volume_are_handed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[list[str]] = []
+    monkeypatch.setattr(filesystem, "run", lambda argv, **_: ran.append(argv))
+    filesystem.make(tmp_path, EXT4, ("-O", "^64bit,inline_data", "-I", "256", "-m", "0", "-E", "lazy_itable_init=0"))
+    filesystem.make(tmp_path, XFS, ("-m", "rmapbt=0,reflink=1", "-l", "size=64m", "-d", "su=64k,sw=4", "-K"))
+    assert [words[0] for words in ran] == ["mkfs.ext4", "mkfs.xfs"]

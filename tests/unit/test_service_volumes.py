@@ -1,0 +1,105 @@
+"""Verbs on volumes: what a refusal leaves behind, and which names two volumes may have."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+from uuid import UUID, uuid4
+
+import pytest
+
+from agent.contract import messages as m
+from agent.contract.errors import CommandFailed, NameRefused, NoSuchGeneration, VolumeExists
+from agent.contract.identity import FilesystemKind, GenerationKind, empty_generation
+from agent.service import volumes
+from agent.service.node import Node
+from agent.volume import filesystem
+from agent.volume.substrate import VolumeRecord
+
+
+class World:
+    """A node without devices: what there is, and what is mounted and exported."""
+
+    def __init__(self, folder: Path) -> None:
+        self.records: dict[UUID, VolumeRecord] = {}
+        self.mounted: set[str] = set()
+        self.shared: set[str] = set()
+        self.broken = False
+        substrate = SimpleNamespace(
+            volumes=lambda: tuple(self.records.values()),
+            create=lambda record: self.records.update({record.id: record}),
+            remove=self.records.pop,
+            operational=self.operational,
+            generations=lambda volume: (m.GenerationFacts(empty_generation(volume), GenerationKind.EMPTY, 0),),
+        )
+        samba = SimpleNamespace(export=self.export, withdraw=self.shared.discard)
+        self.node = cast(
+            Node,
+            SimpleNamespace(
+                config=SimpleNamespace(node="nas1"),
+                substrate=substrate,
+                samba=samba,
+                job=self.job,
+                record=lambda volume: self.records[volume],
+                serving=lambda record: record.name in self.mounted,
+                mount_point=lambda record: folder / record.name,
+            ),
+        )
+
+    @contextmanager
+    def job(self, *_: object) -> Iterator[None]:
+        yield
+
+    @contextmanager
+    def operational(self, _: UUID) -> Iterator[Path]:
+        yield Path("/dev/null")
+
+    def export(self, share: Any) -> None:
+        if self.broken:
+            raise CommandFailed("smbd did not start")
+        self.shared.add(share.name)
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
+    made = World(tmp_path)
+    monkeypatch.setattr(volumes, "kind_of", lambda _: None)
+    monkeypatch.setattr(filesystem, "make", lambda *_: None)
+    monkeypatch.setattr(filesystem, "refuse_unsupported", lambda *_: None)
+    monkeypatch.setattr(filesystem, "mount", lambda _, mount_point, *__, **___: made.mounted.add(mount_point.name))
+    monkeypatch.setattr(filesystem, "unmount", lambda mount_point: made.mounted.discard(mount_point.name))
+    monkeypatch.setattr(filesystem, "device_of", lambda _: Path("/dev/null"))
+    return made
+
+
+def create(world: World, name: str) -> m.VolumeFacts:
+    return volumes.create(world.node, m.CreateVolume(uuid4(), name, FilesystemKind.EXT4, 1 << 20, 512, ()), lambda *_: None)
+
+
+def test_a_volume_that_cannot_be_served_leaves_nothing(world: World) -> None:
+    world.broken = True
+    with pytest.raises(CommandFailed):
+        create(world, "projects")
+    assert (world.records, world.mounted, world.shared) == ({}, set(), set())
+    world.broken = False
+    assert create(world, "projects").serving
+
+
+def test_two_volumes_are_two_shares(world: World) -> None:
+    create(world, "Projects")
+    with pytest.raises(VolumeExists):
+        create(world, "projects")
+    with pytest.raises(NameRefused):
+        create(world, "homes")
+    assert world.shared == {"Projects"}
+
+
+def test_a_replica_that_holds_nothing_is_not_promoted(world: World) -> None:
+    volume = uuid4()
+    volumes.admit(world.node, m.AdmitReplica(volume, "projects", FilesystemKind.XFS, 1 << 30, 512), lambda *_: None)
+    with pytest.raises(NoSuchGeneration, match="never replicated"):
+        volumes.serve(world.node, m.ServeVolume(volume), lambda *_: None)
+    assert world.records[volume].role is m.Role.SECONDARY
