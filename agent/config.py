@@ -32,8 +32,12 @@ def read_config(path: Path) -> Config:
     """Return the configuration in ``path``; ConfigInvalid names the first key that is missing, unknown or of the wrong type."""
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigInvalid(f"{path} cannot be read as TOML", cause=str(error)) from error
+    except OSError as error:
+        fix = "Name the configuration with --config; agent.toml.sample has every key."
+        raise ConfigInvalid(f"{path} cannot be read", cause=error.strerror or str(error), fix=fix) from error
+    except ValueError as error:
+        fix = "Correct the line; `check-config` proves it."
+        raise ConfigInvalid(f"{path} cannot be read as TOML", cause=str(error), fix=fix) from error
     known = {field.name: field for field in fields(Config)}
     for key in document:
         if key not in known:

@@ -19,10 +19,11 @@ from uuid import UUID
 
 import click
 
-from agent.contract.errors import LandfallError, NotRoot, by_code
+from agent.contract.errors import LandfallError, NotRoot, PathRefused, by_code
 from agent.contract.errors import explain as explain_code
 from agent.contract.identity import FilesystemKind
 from agent.contract.messages import Deletions, Differential, to_document
+from mgmt.sizes import Size
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 DEFAULT_CONFIG: Final = Path("/etc/landfall/landfall.toml")
 LAB_CONFIG: Final = Path("mgmt/etc/landfall.toml")
+LEVEL_DIGITS: Final = 9
 LATER: Final = {"lab": ("mgmt.lab.cli", "lab"), "drill": ("mgmt.drill.cli", "drill")}
 """Commands of other packages, imported when they are called."""
 
@@ -96,23 +98,6 @@ class _Landfall(click.Group):
             return None
         command: click.Command = getattr(importlib.import_module(module), name)
         return command
-
-
-class Size(click.ParamType[int]):
-    """A number of bytes, with K, M, G or T for powers of 1024."""
-
-    name = "size"
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Return the bytes, or refuse."""
-        if isinstance(value, int):
-            return value
-        text = str(value).upper().removesuffix("IB").removesuffix("B")
-        exponent = "KMGT".find(text[-1:]) + 1 if text else 0
-        digits = text[:-1] if exponent else text
-        if not digits.isascii() or not digits.isdigit():
-            self.fail(f"{value!r} is not a size such as 512M or 12G", param, ctx)
-        return int(digits) << (10 * exponent)
 
 
 as_json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
@@ -204,13 +189,16 @@ def volume_add(
         if (primary is None or secondary is None) and len(names) != 2:
             raise click.UsageError("name --primary and --secondary: there are not exactly two nodes")
         primary = primary or next(node for node in names if node != secondary)
+        secondary = secondary or next(node for node in names if node != primary)
+        if primary == secondary:
+            raise click.UsageError(f"a volume needs two nodes; {primary} is both its primary and its secondary")
         facts = run.add_volume(
             site,
             name,
             filesystem=FilesystemKind(filesystem),
             size_bytes=size,
             primary=primary,
-            secondary=secondary or next(node for node in names if node != primary),
+            secondary=secondary,
             policy=Policy(Deletions(deletions or Deletions.HOLD), sets),
             priorities=levels,
             sector_bytes=int(sector),
@@ -322,7 +310,7 @@ def status(place: Place, volume: str | None, as_json: bool) -> None:
     """Show how volumes stand, and what a salvage would bring if the primary died now."""
     from mgmt import run
     from mgmt.standing import document, sheets
-    from mgmt.terminal import show, show_json
+    from mgmt.terminal import say, show, show_json
 
     with place.site() as site:
         names = [volume] if volume else [entry.name for entry in run.list_volumes(site)]
@@ -330,6 +318,8 @@ def status(place: Place, volume: str | None, as_json: bool) -> None:
     if as_json:
         show_json([document(standing) for standing in found])
         return
+    if not found:
+        say("There is no volume yet; `landfall volume add` makes one.")
     for standing in found:
         show(sheets(standing))
 
@@ -361,6 +351,7 @@ def salvage(
     from mgmt import run
     from mgmt.terminal import Bars, say, show_json
 
+    _refuse_page(html)
     if undo:
         with place.site() as site:
             _want(yes, f"Take back what was salvaged of volume {volume}?")
@@ -396,6 +387,7 @@ def salvage(
 @at_place
 def statement(place: Place, volume: str, html: Path | None, rows: int, as_json: bool) -> None:
     """Show the loss statement of VOLUME's last salvage again."""
+    _refuse_page(html)
     with place.site() as site:
         found = site.catalog.newest_salvage(site.catalog.volume(volume).id).statement
     _show_statement(found, rows=rows, as_json=as_json)
@@ -506,8 +498,9 @@ def _levels(priorities: tuple[str, ...]) -> tuple[tuple[str, int], ...]:
     found = []
     for text in priorities:
         prefix, _, level = text.rpartition("=")
-        if not level.removeprefix("-").isdigit():
-            raise click.BadParameter(f"{text!r} is not PREFIX=LEVEL", param_hint="--priority")
+        digits = level.removeprefix("-")
+        if not digits.isascii() or not digits.isdigit() or len(digits) > LEVEL_DIGITS:
+            raise click.BadParameter(f"{text!r} is not PREFIX=LEVEL, such as mail=5", param_hint="--priority")
         found.append((prefix, int(level)))
     return tuple(found)
 
@@ -544,6 +537,12 @@ def _show_statement(statement: LossStatement, *, rows: int, as_json: bool, stder
         print_table(statement, Console(highlight=False, stderr=stderr), rows=rows)
 
 
+def _refuse_page(path: Path | None) -> None:
+    """Say before anything is done that a page could not be written."""
+    if path is not None and not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise click.BadParameter(f"{str(path)!r} cannot be written", param_hint="--html")
+
+
 def _write_page(statement: LossStatement, path: Path | None) -> None:
     from mgmt.terminal import say
     from mgmt.view import to_html
@@ -559,10 +558,10 @@ def _first_sentence(kind: type[LandfallError]) -> str:
 
 def main() -> None:
     """Run ``landfall``."""
-    # A terminated command ends as an interrupted one does: with its cleaning up.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    _hear_interrupts()
     try:
         status_code = landfall(standalone_mode=False)
+        sys.stdout.flush()
     except LandfallError as error:
         _fail(error)
     except click.ClickException as error:
@@ -575,7 +574,32 @@ def main() -> None:
         # Whoever read our output went away: that is no error of ours, and there is nowhere left to say it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+    except OSError as error:
+        _fail(_of_system(error))
     sys.exit(status_code if isinstance(status_code, int) else 0)
+
+
+def _hear_interrupts() -> None:
+    """Let Ctrl-C end a command with its cleaning up, which a second one does not break off; a third does. To be terminated is the same."""
+    heard = 0
+
+    def hear(number: int, frame: object) -> None:
+        nonlocal heard
+        heard += 1
+        if heard == 2:
+            os.write(sys.stderr.fileno(), b"landfall: cleaning up; once more breaks that off, and something may stay behind\n")
+        else:
+            raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, hear)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # who started us may want it ignored
+        signal.signal(signal.SIGINT, hear)
+
+
+def _of_system(error: OSError) -> LandfallError:
+    """Return what the operating system refused, as an error that names the file and the reason."""
+    where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
+    return PathRefused(f"{where}{error.strerror or error}")
 
 
 def _fail(error: LandfallError) -> NoReturn:

@@ -14,6 +14,7 @@ from agent.contract.errors import ConfigInvalid, NameRefused
 from agent.contract.identity import plain_name
 
 DEFAULT_PATH: Final = Path("/etc/landfall/landfall.toml")
+_NO_FILE: Final = "Name the configuration with --config (landfall.toml.sample has every key), or a local lab with --lab."
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +63,11 @@ def read_inventory(path: Path) -> Inventory:
     """Return the configuration in ``path``; ConfigInvalid names every key that is unknown, missing or of the wrong type."""
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigInvalid(f"{path} cannot be read as TOML", cause=str(error)) from error
+    except OSError as error:
+        raise ConfigInvalid(f"{path} cannot be read", cause=error.strerror or str(error), fix=_NO_FILE) from error
+    except ValueError as error:
+        fix = "Correct the line; `check-config` proves it."
+        raise ConfigInvalid(f"{path} cannot be read as TOML", cause=str(error), fix=fix) from error
     try:
         inventory = _converter(path.parent.resolve()).structure(document, Inventory)
     except cattrs.BaseValidationError as error:

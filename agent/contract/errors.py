@@ -132,7 +132,7 @@ class VolumeExists(LandfallError):
 class NameRefused(LandfallError):
     """A name has characters that are not allowed; allowed are [A-Za-z0-9_.][A-Za-z0-9_.-]* up to 64 characters."""
 
-    code, exit_code, retry, fix = "name-refused", 32, Retry.NEVER, "Choose a plain name."
+    code, exit_code, retry, fix = "name-refused", 32, Retry.NEVER, "Use letters, digits, _ . and -, not - first."
 
 
 class NoSuchGeneration(LandfallError):
@@ -300,6 +300,12 @@ class PrimaryAlive(LandfallError):
         Retry.OPERATOR,
         "`landfall replicate` resumes; `--declare-dead` if it is to be given up.",
     )
+
+
+class PathRefused(LandfallError):
+    """The operating system refused a file or folder of this machine: it is missing, of another kind, not ours to write, or full."""
+
+    code, exit_code, retry, fix = "path-refused", 55, Retry.OPERATOR, "Check the path, its permissions and the room on its filesystem."
 
 
 def by_code() -> dict[str, type[LandfallError]]:

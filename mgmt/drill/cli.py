@@ -13,7 +13,7 @@ from agent.contract.errors import DrillFailed
 from agent.contract.identity import FilesystemKind
 from agent.contract.messages import Differential
 from mgmt.drill.options import Kill, Options
-from mgmt.lab.cli import Size
+from mgmt.sizes import Size
 
 PIPE_WIDTH = 120
 

@@ -10,30 +10,21 @@ from dataclasses import asdict
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 from agent.contract.errors import LandfallError
 from mgmt.lab import lifecycle
 from mgmt.lab.layout import DEFAULT_DIRECTORY, Lab, NodeName, PoolFilesystem
 from mgmt.lab.lifecycle import DEFAULT_POOL_BYTES, LabStatus, Outcome
+from mgmt.sizes import Size
 
 NODE = click.Choice([node.value for node in NodeName])
 
 
-class Size(click.ParamType[int]):
-    """A number of bytes, with K, M, G or T for powers of 1024."""
-
-    name = "size"
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Return the bytes, or refuse."""
-        if isinstance(value, int):
-            return value
-        text = str(value).upper().removesuffix("IB").removesuffix("B")
-        exponent = "KMGT".find(text[-1:]) + 1 if text else 0
-        digits = text[:-1] if exponent else text
-        if not digits.isdigit():
-            self.fail(f"{value!r} is not a size such as 512M or 12G", param, ctx)
-        return int(digits) << (10 * exponent)
+def _directory(ctx: click.Context, parameter: click.Parameter, value: Path) -> Path:
+    """Return --dir; where none is given, what `landfall --lab` says."""
+    given = ctx.get_parameter_source("directory") is ParameterSource.COMMANDLINE
+    return value if given else getattr(ctx.obj, "lab", None) or value
 
 
 def _report(outcome: Outcome, done: str, already: str, as_json: bool) -> None:
@@ -45,7 +36,7 @@ def _report(outcome: Outcome, done: str, already: str, as_json: bool) -> None:
 
 directory_option = click.option(
     "--dir", "directory", type=click.Path(path_type=Path), default=DEFAULT_DIRECTORY, show_default=True,
-    envvar="LANDFALL_LAB", help="The lab's directory.",
+    envvar="LANDFALL_LAB", callback=_directory, help="The lab's directory.",
 )  # fmt: skip
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 
@@ -116,6 +107,7 @@ def start(node: str, directory: Path, as_json: bool) -> None:
 @json_option
 def cut(one: str, other: str, directory: Path, as_json: bool) -> None:
     """Cut the link between two nodes; both still reach the third."""
+    _refuse_same(one, other)
     outcome = lifecycle.cut(Lab.at(directory), NodeName(one), NodeName(other))
     _report(outcome, f"{one} and {other} are cut.", f"{one} and {other} are cut already.", as_json)
 
@@ -127,6 +119,7 @@ def cut(one: str, other: str, directory: Path, as_json: bool) -> None:
 @json_option
 def heal(one: str, other: str, directory: Path, as_json: bool) -> None:
     """Mend the link between two nodes."""
+    _refuse_same(one, other)
     outcome = lifecycle.heal(Lab.at(directory), NodeName(one), NodeName(other))
     _report(outcome, f"{one} and {other} are connected.", f"{one} and {other} were connected already.", as_json)
 
@@ -139,6 +132,11 @@ def execute(node: str, directory: Path, argv: tuple[str, ...]) -> None:
     """Run a program on NODE, as from its console."""
     command = lifecycle.inside(Lab.at(directory), NodeName(node), argv)
     os.execvp(command[0], command)  # noqa: S606 - the console becomes the program, nothing is started
+
+
+def _refuse_same(one: str, other: str) -> None:
+    if one == other:
+        raise click.UsageError(f"a link has two ends; {one} is both")
 
 
 def _status_lines(found: LabStatus) -> list[str]:

@@ -15,7 +15,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from agent.contract.errors import KernelLacks, LabMissing
+from agent.contract.errors import KernelLacks, LabMissing, NotRoot
 from agent.system.clock import wait_until
 from agent.system.failpoint import failpoint
 from agent.system.run import run, start
@@ -153,7 +153,7 @@ def inside(lab: Lab, node: NodeName, argv: Sequence[str]) -> list[str]:
 
 def _require_kernel() -> None:
     if os.geteuid() != 0:
-        raise KernelLacks("a lab makes namespaces, mounts and loop devices, which takes root", fix="Run it with sudo.")
+        raise NotRoot("a lab makes namespaces, mounts and loop devices")
     if not Path("/dev/loop-control").exists():
         raise KernelLacks("there are no loop devices", fix="Load the module loop; in a container, run it privileged.")
 

@@ -325,6 +325,24 @@ def test_an_interrupted_up_takes_away_what_it_made(empty: Lab, step: str) -> Non
     assert footprint(empty, pools) == NOTHING
 
 
+def test_K7_a_second_ctrl_c_does_not_break_off_the_cleaning_up(empty: Lab) -> None:
+    making = subprocess.Popen(
+        [sys.executable, "-m", "mgmt.cli", "lab", "up", "--bare", "--pool-size", "512M", "--dir", str(empty.directory)],
+        env={**os.environ, "LANDFALL_ALLOW_FAILPOINTS": "1", "LANDFALL_FAILPOINTS": "lab.booted=stop"},
+        stderr=subprocess.PIPE,
+    )
+    _, status = os.waitpid(making.pid, os.WUNTRACED)
+    assert os.WIFSTOPPED(status)
+    pools = pool_identities(empty)
+    making.send_signal(signal.SIGINT)
+    making.send_signal(signal.SIGTERM)
+    making.send_signal(signal.SIGCONT)
+    _, words = making.communicate(timeout=LIMIT_S)
+    assert making.returncode == 130, words
+    assert b"cleaning up" in words
+    assert footprint(empty, pools) == NOTHING
+
+
 @pytest.mark.parametrize("step", STEPS)
 def test_up_takes_down_first_what_a_killed_up_has_left(empty: Lab, step: str) -> None:
     making = command(empty, "up", "--bare", "--pool-size", "512M", failpoint=f"lab.{step}=kill")

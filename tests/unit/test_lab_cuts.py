@@ -6,9 +6,11 @@ from itertools import combinations
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mgmt.lab.cli import lab
 from mgmt.lab.cuts import Pair, Port, pair, ports, read_cuts, write_cuts
 from mgmt.lab.layout import NodeName
 
@@ -42,3 +44,10 @@ def test_without_a_record_nothing_is_cut(tmp_path: Path) -> None:
 def test_a_node_cannot_be_cut_from_itself() -> None:
     with pytest.raises(ValueError, match="itself"):
         pair(NodeName.NAS1, NodeName.NAS1)
+
+
+@pytest.mark.parametrize("command", ["cut", "heal"])
+def test_a_link_with_one_end_is_a_wrong_command_line(tmp_path: Path, command: str) -> None:
+    result = CliRunner().invoke(lab, [command, "nas1", "nas1", "--dir", str(tmp_path)])
+    assert result.exit_code == 2
+    assert "two ends" in result.output

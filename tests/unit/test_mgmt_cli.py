@@ -117,6 +117,10 @@ def test_what_destroys_wants_yes_where_nobody_can_be_asked(pair: Pair, words: tu
     [
         ("volume", "add", "p", "--size", "1Q"),
         ("volume", "add", "p", "--size", "٣M"),
+        ("volume", "add", "p", "--size", "99999999T"),
+        ("volume", "add", "p", "--size", "1G", "--priority", "mail=99999999999999999999"),
+        ("volume", "add", "p", "--size", "1G", "--primary", "nas1", "--secondary", "nas1"),
+        ("salvage", "p", "--yes", "--html", "/nowhere/at/all.html"),
         ("volume", "add", "p", "--size", "1G", "--priority", "mail"),
         ("volume", "add", "p", "--size", "1G", "--atomic", "=x"),
         ("replicate", "p", "--streams", "0"),
@@ -180,6 +184,41 @@ def test_an_error_is_printed_once_without_a_traceback_and_its_class_gives_the_ex
     assert "Traceback" not in done.stderr
     assert json.loads(done.stdout)["error"]["code"] == "config-invalid"
     assert program("check-config", LANDFALL_CONFIG=str(tmp_path / "none.toml")).returncode == 20
+
+
+def test_what_the_system_refuses_is_said_without_a_traceback(tmp_path: Path) -> None:
+    (tmp_path / "state").write_text("a file where a folder is wanted")
+    (tmp_path / "c.toml").write_text('state_dir = "state"\n')
+    done = program("--config", str(tmp_path / "c.toml"), "volume", "list", "--json")
+    assert done.returncode == 55
+    assert "Traceback" not in done.stderr
+    assert json.loads(done.stdout)["error"]["code"] == "path-refused"
+
+
+def test_a_disk_that_is_full_under_the_output_is_said() -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "mgmt.cli", "explain"], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False
+        )
+    assert done.returncode == 55
+    assert "No space left" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "words", [("--lab", "{}", "lab", "status"), ("lab", "status", "--dir", "{}"), ("--lab", "/a", "lab", "status", "--dir", "{}")]
+)
+def test_the_lab_s_own_commands_mean_the_lab_that_is_named(tmp_path: Path, words: tuple[str, ...]) -> None:
+    done = program(*(word.format(tmp_path) for word in words), LANDFALL_LAB="/another")
+    assert done.stdout == f"{tmp_path}: no lab\n"
+
+
+def test_where_there_is_no_volume_status_says_so(pair: Pair) -> None:
+    assert "landfall volume add" in ask("status").stderr
+    ask("volume", "add", "projects", "--size", "64M")
+    assert "never replicated" in ask("status").stdout
+    ask("replicate", "projects")
+    assert "nothing is open" in ask("status").stdout
 
 
 def test_J10_a_hostile_name_is_shown_escaped(tmp_path: Path) -> None:
