@@ -29,12 +29,14 @@ from agent.contract.messages import (
     to_document,
 )
 from agent.service import Service
+from agent.system.files import lock_for_life
 
 log = logging.getLogger("landfall.agent")
 
 
 def serve(config: Config) -> None:
-    """Run the daemon until SIGTERM or SIGINT."""
+    """Run the daemon until SIGTERM or SIGINT; DeviceBusy if another agent works on this node's state."""
+    alone = lock_for_life(config.state_dir / "lock")
     service = Service(config)
     service.recover()
     listener = _listen(config.socket)
@@ -54,6 +56,7 @@ def serve(config: Config) -> None:
             break
         threading.Thread(target=_converse, args=(service, connection), name="connection", daemon=True).start()
     service.close()
+    os.close(alone)
 
 
 def _listen(path: Path) -> socket.socket:

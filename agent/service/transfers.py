@@ -25,12 +25,14 @@ from agent.contract.errors import (
     LandfallError,
     NoSpace,
     NoSuchTransfer,
+    NoSuchVolume,
     RecordMalformed,
     TransferBusy,
     VersionUnknown,
 )
 from agent.contract.identity import BLOCK_BYTES, GenerationId, GenerationKind
 from agent.differential.build import BuildRequest, build
+from agent.differential.build import drop as forget
 from agent.differential.reader import View
 from agent.service.node import Node, ProgressCall, open_mount
 from agent.system.clock import wall_ns
@@ -138,7 +140,7 @@ def list_transfers(node: Node, arguments: m.ListTransfers, progress: ProgressCal
     found = []
     for transfer in node.store.list():
         try:
-            found.append(_facts(node, node.store.load(transfer)))
+            found.append(_facts(node, _as_it_stands(node, node.store.load(transfer))))
         except LandfallError:
             continue
     return m.Transfers(tuple(found))
@@ -411,6 +413,21 @@ def _interrupted(node: Node, transfer: TransferRecord, message: str | None) -> N
 # --- looking ---
 
 
+def _as_it_stands(node: Node, transfer: TransferRecord) -> TransferRecord:
+    """Return a transfer's record. What ended and could not be recorded, as on a full disk, is recorded and told now."""
+    running = (m.TransferState.RUNNING,) if transfer.sending else (m.TransferState.RUNNING, m.TransferState.WAITING)
+    if transfer.state in running:
+        with suppress(TransferBusy, OSError), node.job(transfer.target.volume, "transfer.list"):  # who runs it holds the volume
+            transfer = node.store.load(transfer.id)
+            if transfer.state not in running:
+                return transfer
+            if not transfer.sending and _held(node, transfer.target):
+                return node.store.set_state(transfer.id, m.TransferState.COMMITTED)
+            _interrupted(node, transfer, None if transfer.sending else "the reception ended, and that could not be recorded")
+            return node.store.load(transfer.id)
+    return transfer
+
+
 def _known(node: Node, number: UUID, *, sending: bool) -> TransferRecord:
     transfer = node.store.load(number)
     if transfer.sending is not sending:
@@ -424,7 +441,10 @@ def _records(node: Node, volume: UUID) -> list[TransferRecord]:
 
 
 def _held(node: Node, generation: GenerationId) -> bool:
-    return any(facts.id == generation for facts in node.substrate.generations(generation.volume))
+    try:
+        return any(facts.id == generation for facts in node.substrate.generations(generation.volume))
+    except NoSuchVolume:  # the pool was exchanged: what is known of its transfers must not keep the agent from starting
+        return False
 
 
 def _discard(node: Node, transfer: TransferRecord) -> None:
@@ -434,6 +454,7 @@ def _discard(node: Node, transfer: TransferRecord) -> None:
     if transfer.sending:
         if transfer.state is not m.TransferState.COMMITTED and _held(node, transfer.target):
             node.substrate.drop(transfer.target)
+            forget(node.differential_state(transfer.target.volume), transfer.target)
     else:
         # Its pieces are recorded as arrived, so the record must not outlive the landing volume as one that can be resumed.
         node.store.arrival_path(transfer.id).unlink(missing_ok=True)

@@ -5,11 +5,13 @@ If we die before the rename the old content stands and a ``.new-*`` file is left
 
 from __future__ import annotations
 
+import fcntl
 import os
 import secrets
 from collections.abc import Iterable
 from pathlib import Path
 
+from agent.contract.errors import DeviceBusy
 from agent.system.failpoint import failpoint
 
 TEMPORARY_PREFIX = ".new-"
@@ -55,6 +57,18 @@ def sync_directory(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def lock_for_life(path: Path) -> int:
+    """Return a descriptor that holds ``path`` locked until it is closed, or its process is gone; DeviceBusy if another holds it."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise DeviceBusy(f"another agent works on {path.parent}", cause=str(path), fix="Stop it first, or name another folder.") from error
+    return descriptor
 
 
 def sweep(directory: Path) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from uuid import UUID, uuid4
 
@@ -19,11 +22,12 @@ from agent.contract.errors import BaseMismatch, FreezeFailed, LandfallError, Tra
 from agent.contract.identity import FilesystemKind, GenerationId
 from agent.service.node import Node
 from agent.system.block import go_down
+from agent.system.clock import wait_until
 from agent.volume import freeze
 from mgmt.authority import Authority
 from tests.faults.case import served
 from tests.faults.conftest import two_pools
-from tests.faults.rig import MIB, NodeProcess, Pair
+from tests.faults.rig import FORKS, MIB, NodeProcess, Pair
 
 SIZE = {FilesystemKind.EXT4: 64 * MIB, FilesystemKind.XFS: 320 * MIB}
 
@@ -183,3 +187,83 @@ def test_a_guard_that_is_killed_before_it_answers_leaves_nothing_frozen(
     with pytest.raises(FreezeFailed), freeze.frozen(root):
         pass
     assert not freeze.thaw_if_frozen(root)
+
+
+def test_E5_a_reception_whose_end_finds_no_room_to_be_recorded_is_told_when_there_is_room(pair: Pair) -> None:
+    volume = pair.create("v", FilesystemKind.EXT4, SIZE[FilesystemKind.EXT4])
+    root = Path(served(pair.nas1, volume).mount_point)
+    base = pair.replicate(volume)
+    (root / "new").write_bytes(os.urandom(24 * MIB))
+    target = pair.take(volume)
+    transfer = pair.build(base, target)
+    pair.nas2.kill()
+    pair.nas2.start_armed("dst.after_record=stop:1")
+    hogs = pair.nas2.folder.parent / "hogs"
+    with ThreadPoolExecutor(1) as aside:
+        sending = aside.submit(pair.receive_and_send, transfer, base, target, m.Differential.VERIFY)
+        assert wait_until(pair.nas2.stopped, 30.0)
+        fill_up(hogs)
+        pair.nas2.go_on()
+        with pytest.raises(LandfallError):
+            sending.result()
+    state = pair.nas2.folder / "state"
+    with pytest.raises(OSError, match="No space"):
+        (state / "proof").write_bytes(b"there is no room")
+    (state / "proof").unlink(missing_ok=True)
+    shutil.rmtree(hogs)
+
+    def interrupted_and_told() -> bool:
+        (facts,) = (facts for facts in pair.nas2.ask(m.ListTransfers()).transfers if facts.id == transfer)
+        told = [said.transfer for said in pair.nas2.ask(m.ReadOutbox(0, 0)).notifications]
+        return facts.state is m.TransferState.INTERRUPTED and told == [transfer]
+
+    assert wait_until(interrupted_and_told, 20.0)
+    pair.receive_and_send(transfer, base, target, m.Differential.VERIFY)
+
+
+def fill_up(folder: Path) -> None:
+    """Take every block of the filesystem that ``folder`` is made on."""
+    folder.mkdir()
+    there = os.statvfs(folder)
+    subprocess.run(["fallocate", "-l", str(there.f_bavail * there.f_frsize - 16 * MIB), folder / "most"], check=True)
+    for size in (MIB, 4096):
+        with suppress(OSError):
+            for number in count():
+                with open(folder / f"{size}-{number}", "wb") as file:
+                    file.write(bytes(size))
+                    file.flush()
+                    os.fsync(file.fileno())
+
+
+def test_two_agents_never_work_on_one_state(pair: Pair) -> None:
+    second = NodeProcess(pair.nas1.folder, "nas1")
+    process = FORKS.Process(target=serve_quietly, args=(str(second.folder), "nas1"))
+    process.start()
+    process.join(30.0)
+    assert process.exitcode == 1
+    assert "another agent works on" in pair.nas1.log()
+    assert pair.nas1.ask(m.Hello()).node == "nas1"
+
+
+def serve_quietly(folder: str, name: str) -> None:
+    from tests.faults.rig import _serve
+
+    _serve(folder, name, {})
+
+
+def test_a_transfer_of_a_volume_that_is_gone_does_not_keep_the_agent_from_starting(pair: Pair) -> None:
+    transfer, base, _ = interrupted(pair)
+    pair.nas2.kill()
+    shutil.rmtree(pair.nas2.folder / "pool" / "volumes" / str(base.volume))
+    pair.nas2.start()
+    pair.nas2.ask(m.DiscardTransfer(transfer))
+    assert pair.nas2.ask(m.ListTransfers()).transfers == ()
+
+
+def test_I8_a_discarded_transfer_leaves_nothing_of_its_target(pair: Pair) -> None:
+    volume = pair.create("v", FilesystemKind.EXT4, SIZE[FilesystemKind.EXT4])
+    base = pair.replicate(volume)
+    transfer = pair.build(base, pair.take(volume))
+    pair.nas1.ask(m.DiscardTransfer(transfer))
+    kept = {path.name.split(".")[0] for path in (pair.nas1.folder / "state" / "differential" / str(volume)).iterdir()}
+    assert kept == {base.name}
