@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import click
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -37,6 +38,19 @@ def test_the_readmes_commands_are_ones_that_exist() -> None:
         command = landfall.commands[verb]
         group = getattr(command, "commands", None)
         assert group is None or below in group, f"landfall {verb} {below}"
+
+
+def test_the_readmes_command_lines_are_taken_word_for_word() -> None:
+    from mgmt.cli import landfall
+
+    lines = re.findall(r"^landfall (.+?)(?: +#.*)?$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert len(lines) > 5
+    for line in lines:
+        words = line.split()
+        command = landfall.commands[words.pop(0)]
+        while isinstance(command, click.Group):
+            command = command.commands[words.pop(0)]
+        command.make_context(line, words)
 
 
 def test_the_readme_has_the_drills_own_output() -> None:
