@@ -568,6 +568,7 @@ def main() -> None:
         error.show()
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing is left to break off, and the exit status is to be ours
         sys.stderr.write("landfall: interrupted\n")
         sys.exit(130)
     except BrokenPipeError:

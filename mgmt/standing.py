@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+from agent.contract import messages as m
 from agent.contract.messages import to_document
-from mgmt.run import Standing, gauge_of
+from mgmt.determination import Gauge
+from mgmt.run import Standing
 from mgmt.terminal import Sheet
 from mgmt.view import bytes_words, moment
 
 
 def document(standing: Standing) -> dict[str, Any]:
     """Return a standing as one JSON document, with the gauge of each open transfer."""
-    transfers = [{**to_document(facts), "gauge": to_document(gauge_of(facts))} for facts in standing.open_transfers]
+    transfers = [{**to_document(facts), "gauge": _gauge_document(standing.gauge(facts))} for facts in standing.open_transfers]
     return {**to_document(standing), "open_transfers": transfers, "sentence": standing.sentence}
 
 
@@ -40,16 +42,7 @@ def sheets(standing: Standing) -> list[Sheet]:
         Sheet(("volume", "node", "role", "state", "newest generation", "taken", ""), tuple(nodes), f"{entry.name}: {standing.sentence}.")
     ]
     if standing.open_transfers:
-        rows = tuple(
-            (
-                str(facts.id),
-                facts.state.value,
-                f"{facts.base.name} to {facts.target.name}",
-                f"{bytes_words(facts.bytes_arrived)} of {bytes_words(facts.bytes_total)}",
-                gauge_of(facts).sentence,
-            )
-            for facts in standing.open_transfers
-        )
+        rows = tuple(_transfer_row(facts, standing.gauge(facts)) for facts in standing.open_transfers)
         sheets.append(Sheet(("open transfer", "state", "generations", "arrived", "if the primary died now"), rows))
     if standing.pending:
         said = tuple(
@@ -57,3 +50,19 @@ def sheets(standing: Standing) -> list[Sheet]:
         )
         sheets.append(Sheet(("node", "notification", "at", "message"), said))
     return sheets
+
+
+def _gauge_document(gauge: Gauge | None) -> dict[str, Any] | None:
+    return None if gauge is None else to_document(gauge)
+
+
+def _transfer_row(facts: m.TransferFacts, gauge: Gauge | None) -> tuple[str, ...]:
+    total = bytes_words(facts.bytes_total)
+    arrived = f"{bytes_words(facts.bytes_arrived)} of {total}" if gauge else f"not known, of {total}"
+    return (
+        str(facts.id),
+        facts.state.value,
+        f"{facts.base.name} to {facts.target.name}",
+        arrived,
+        gauge.sentence if gauge else "not known",
+    )

@@ -40,6 +40,10 @@ class Standing:
         listed = [*self.secondary.transfers, *(facts for facts in self.primary.transfers if facts.id not in known)]
         return [facts for facts in listed if facts.state in OPEN_STATES]
 
+    def gauge(self, facts: m.TransferFacts) -> Gauge | None:
+        """What would survive of an open transfer; None where only the secondary could say it, and does not answer."""
+        return None if facts.sending and self.secondary.facts is None else gauge_of(facts)
+
     @property
     def never_replicated(self) -> bool:
         """Whether the secondary holds the empty generation alone."""
@@ -64,6 +68,10 @@ class Standing:
             return f"{gone}{self.secondary.node} holds nothing of it: it was never replicated"
         if self.primary.facts is None:
             return f"{self.primary.node} does not answer; {self.secondary.node} holds the last generation that was committed"
+        if self.secondary.facts.role is m.Role.PRIMARY:
+            return f"{self.secondary.node} has taken it over; what {self.primary.node} holds is older and is not replicated any more"
+        if not (self.primary.facts.serving or self.secondary.facts.serving):
+            return f"nothing is open, and no node serves it: `landfall serve {name} --node {self.primary.node}` does"
         return "nothing is open"
 
 

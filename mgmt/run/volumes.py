@@ -40,7 +40,7 @@ def add_volume(
     if known is None:
         site.catalog.add_volume(entry)
     elif dataclasses.replace(known, id=entry.id, policy=entry.policy, priorities=entry.priorities) != entry:
-        raise VolumeExists(f"there is another volume {name} already")
+        raise VolumeExists(f"there is another volume {known.name} already")
     else:
         entry = dataclasses.replace(entry, id=known.id)
         if _held(one, entry.id) and _held(other, entry.id):

@@ -218,7 +218,19 @@ def test_where_there_is_no_volume_status_says_so(pair: Pair) -> None:
     ask("volume", "add", "projects", "--size", "64M")
     assert "never replicated" in ask("status").stdout
     ask("replicate", "projects")
-    assert "nothing is open" in ask("status").stdout
+    assert "nothing is open.\n" in ask("status").stdout
+    ask("unserve", "projects")
+    assert "no node serves it" in ask("status").stdout
+
+
+def test_what_only_a_silent_secondary_knows_is_not_guessed(pair: Pair) -> None:
+    ask("volume", "add", "projects", "--size", "64M")
+    pair.fails = [lose(LinkLost)] * 9
+    ask("replicate", "projects", error=LinkLost)
+    assert data("status")[0]["open_transfers"][0]["gauge"]["files_whole"] == 2
+    pair.nas2.dead = True
+    assert data("status")[0]["open_transfers"][0]["gauge"] is None
+    assert "not known" in ask("status").stdout
 
 
 def test_J10_a_hostile_name_is_shown_escaped(tmp_path: Path) -> None:
