@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import multiprocessing.connection
 import multiprocessing.context
 import multiprocessing.process
 import os
@@ -16,6 +17,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -27,6 +29,7 @@ from uuid import UUID, uuid4
 from agent.contract import messages as m
 from agent.contract.errors import LandfallError
 from agent.contract.identity import FilesystemKind, GenerationId, empty_generation
+from agent.system.clock import wait_until
 from mgmt.authority import Authority
 from mgmt.lab.proxy import Endpoint, Proxy, Trigger
 
@@ -34,6 +37,14 @@ FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["agent.daemon", "tests.faults.rig"])
 ANSWER_S = 60.0
 MIB = 1 << 20
+
+
+def _die_with_the_test_run() -> None:
+    """Leave no agent behind, however the test run ends: the fork server would go on for as long as one lives."""
+    run = multiprocessing.parent_process()
+    assert run is not None
+    multiprocessing.connection.wait([run.sentinel])
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _serve(folder: str, name: str, environment: dict[str, str]) -> None:
@@ -44,6 +55,7 @@ def _serve(folder: str, name: str, environment: dict[str, str]) -> None:
     log = os.open(Path(folder) / "agent.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     os.dup2(log, 2)
     os.setsid()
+    threading.Thread(target=_die_with_the_test_run, daemon=True).start()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", force=True)
     root = Path(folder)
     serve(
@@ -210,7 +222,9 @@ class Pool:
             where = line.split()[1]
             if where.startswith(f"{self.mount_point}/"):
                 subprocess.run(["umount", where], check=False)
-        subprocess.run(["umount", self.mount_point], check=True)
+        # Whoever lists the machine's block devices holds a loop device, and with it an image on the pool, for a moment longer.
+        done = wait_until(lambda: subprocess.run(["umount", self.mount_point], capture_output=True, check=False).returncode == 0, 30.0)
+        assert done, f"{self.mount_point} stays in use"
 
     def lose_power(self) -> None:
         """Shut the filesystem down without flushing its log, as power loss does, and mount it again."""
