@@ -208,14 +208,20 @@ def _ordered(site: Site, entry: VolumeEntry, differential: m.Differential, tell:
     primary, secondary = site.node(entry.primary), site.node(entry.secondary)
     taken = primary.ask(m.TakeGeneration(entry.id))
     target = taken.generation.id
-    base = newest_common(facts_of(primary, entry.id), facts_of(secondary, entry.id))
-    if base.counter >= target.counter:
-        raise BaseMismatch(f"{entry.secondary} holds {base.name}, which is no older than {target.name}")
-    transfer = uuid4()
-    # Recorded before it is ordered: if we die here, the agents' own lists and this entry agree on what it was for.
-    site.catalog.begin_transfer(TransferEntry(transfer, entry.id, base, target, differential, wall_ns()))
-    order = m.BuildTransfer(transfer, base, target, entry.priorities)
-    built = primary.ask(order, lambda progress: tell(entry.primary, progress))
+    try:
+        base = newest_common(facts_of(primary, entry.id), facts_of(secondary, entry.id))
+        if base.counter >= target.counter:
+            raise BaseMismatch(f"{entry.secondary} holds {base.name}, which is no older than {target.name}")
+        transfer = uuid4()
+        # Recorded before it is ordered: if we die here, the agents' own lists and this entry agree on what it was for.
+        site.catalog.begin_transfer(TransferEntry(transfer, entry.id, base, target, differential, wall_ns()))
+        order = m.BuildTransfer(transfer, base, target, entry.priorities)
+        built = primary.ask(order, lambda progress: tell(entry.primary, progress))
+    except LandfallError:
+        # It is of no transfer, and a schedule that meets the same refusal each time would fill the pool with such.
+        with contextlib.suppress(LandfallError):
+            primary.ask(m.DropGeneration(target))
+        raise
     return _Order(transfer, base, target, False, taken.frozen_ms, built)
 
 

@@ -9,7 +9,7 @@ from uuid import UUID
 import pytest
 
 from agent.contract import messages as m
-from agent.contract.errors import NodeUnreachable, NoSuchTransfer
+from agent.contract.errors import LayoutUnsupported, NodeUnreachable, NoSuchTransfer
 from agent.contract.identity import GenerationKind, empty_generation
 from mgmt import run
 from mgmt.run import Site
@@ -65,3 +65,19 @@ def test_a_volume_whose_making_broke_off_is_made_when_it_is_added_again(pair: Pa
         pair.nas1.dead, pair.nas1.handlers[m.CreateVolume] = False, pair.create
         pair.with_volume(site)
         assert len(pair.nas1.said(m.CreateVolume)) == 2
+
+
+def test_orders_that_are_refused_do_not_pile_up_generations_on_the_primary(pair: Pair) -> None:
+    def refuse(_: m.BuildTransfer) -> m.Built:
+        raise LayoutUnsupported("as the script says")
+
+    with pair.site() as site:
+        pair.with_volume(site)
+        run.replicate(site, "projects")
+        build, pair.nas1.handlers[m.BuildTransfer] = pair.nas1.handlers[m.BuildTransfer], refuse
+        for _ in range(3):
+            with pytest.raises(LayoutUnsupported):
+                run.replicate(site, "projects")
+        assert [facts.id.counter for facts in pair.generations["nas1"]] == [1]
+        pair.nas1.handlers[m.BuildTransfer] = build
+        assert run.replicate(site, "projects").base.counter == 1
