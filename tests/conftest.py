@@ -1,6 +1,7 @@
 """Settings of every test run."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,9 @@ from hypothesis.database import DirectoryBasedExampleDatabase
 
 ROOT = Path(__file__).resolve().parent.parent
 NEEDS_ROOT = ("storage", "lab", "faults")
+
+# A shell that runs us in the background makes us ignore Ctrl-C, and so would every program under test.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Two shared cores make a deadline per example a coin toss; the time limit per test stands.
 settings.register_profile("landfall", deadline=None, database=DirectoryBasedExampleDatabase(ROOT / "build" / "hypothesis"))

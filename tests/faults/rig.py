@@ -217,14 +217,19 @@ class Pool:
         subprocess.run(["mount", "-o", "loop,nouuid", self.image, self.mount_point], check=True)
 
     def unmount(self) -> None:
-        """Unmount it, whoever is in it."""
+        """Unmount it, whoever is in it; on return its filesystem lives nowhere, so that a mount reads it anew."""
         for line in sorted(Path("/proc/mounts").read_text().splitlines(), key=len, reverse=True):
             where = line.split()[1]
             if where.startswith(f"{self.mount_point}/"):
                 subprocess.run(["umount", where], check=False)
         # Whoever lists the machine's block devices holds a loop device, and with it an image on the pool, for a moment longer.
         done = wait_until(lambda: subprocess.run(["umount", self.mount_point], capture_output=True, check=False).returncode == 0, 30.0)
-        assert done, f"{self.mount_point} stays in use"
+        # A program that begins in a mount namespace of its own has a copy of this mount until it lets go of it.
+        assert done and wait_until(lambda: not self._attached(), 60.0), f"{self.mount_point} stays in use"
+
+    def _attached(self) -> bool:
+        files = Path("/sys/block").glob("loop*/loop/backing_file")
+        return any(file.read_text().strip() == str(self.image) for file in files if file.exists())
 
     def lose_power(self) -> None:
         """Shut the filesystem down without flushing its log, as power loss does, and mount it again."""

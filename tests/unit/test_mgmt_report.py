@@ -91,7 +91,7 @@ def test_G17_what_is_shown_of_a_name_is_printable_and_tells_names_apart(name: st
 @pytest.mark.parametrize("terminal", [True, False])
 def test_G17_nothing_of_a_name_acts_on_the_terminal(terminal: bool) -> None:
     out = io.StringIO()
-    print_table(statement(), Console(file=out, force_terminal=terminal, no_color=True, width=200), rows=3)
+    print_table(statement(), Console(file=out, force_terminal=terminal, no_color=True, width=200, _environ={}), rows=3)
     text = re.sub("\x1b\\[[0-9;]*m", "", out.getvalue())
     assert "\x1b" not in text
     assert "\u202e" not in text
