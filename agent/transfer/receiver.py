@@ -241,14 +241,14 @@ class Receiver:
 
             landing = Landing(dmi, writer, landing_device, base_device, heal)
             stack.callback(landing.close)
+            for _ in range(_WORKERS):  # before anybody is let in: what a stream brings is waited for at the end
+                self._group.start(landing.work)
             with self._lock:
                 self._landing = landing  # from here other streams are let in: the source opens them once it knows the state
             first.send(frames.encode(FrameType.DMI_STORED, [digest]))
             state = writer.bits.tobytes()
             for at in range(0, len(state), frames.CHUNK_BYTES):
                 first.send(frames.encode(FrameType.STATE, [state[at : at + frames.CHUNK_BYTES]]))
-            for _ in range(_WORKERS):
-                self._group.start(landing.work)
             self._group.start(lambda: self._read(first, landing), listens=True)
             try:
                 self._record(first, landing, dmi.piece_total)

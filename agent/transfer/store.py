@@ -56,6 +56,8 @@ class TransferStore:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         for left in folder.glob(".*"):
             shutil.rmtree(left, ignore_errors=True)
+        for known in folder.iterdir():
+            files.sweep(known)
 
     def create(self, record: TransferRecord) -> None:
         """Remember a new transfer; TransferBusy if it is known. If we die here it is there whole, or not at all."""
