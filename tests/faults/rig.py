@@ -223,9 +223,10 @@ class Pool:
             if where.startswith(f"{self.mount_point}/"):
                 subprocess.run(["umount", where], check=False)
         # Whoever lists the machine's block devices holds a loop device, and with it an image on the pool, for a moment longer.
-        done = wait_until(lambda: subprocess.run(["umount", self.mount_point], capture_output=True, check=False).returncode == 0, 30.0)
+        unmounted = wait_until(lambda: subprocess.run(["umount", self.mount_point], capture_output=True, check=False).returncode == 0, 30.0)
+        assert unmounted, f"{self.mount_point} stays in use"
         # A program that begins in a mount namespace of its own has a copy of this mount until it lets go of it.
-        assert done and wait_until(lambda: not self._attached(), 60.0), f"{self.mount_point} stays in use"
+        assert wait_until(lambda: not self._attached(), 60.0), f"{self.image} stays attached"
 
     def _attached(self) -> bool:
         files = Path("/sys/block").glob("loop*/loop/backing_file")
