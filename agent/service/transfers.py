@@ -162,7 +162,10 @@ def fetch_arrival(node: Node, arguments: m.FetchArrival, progress: ProgressCall)
 
 
 def discard(node: Node, arguments: m.DiscardTransfer, progress: ProgressCall) -> m.Done:
-    """Forget a transfer; on NAS 1 its target generation too, unless it was committed. The running one is refused."""
+    """Forget a transfer; on NAS 1 its target generation too, unless it was committed. The running one is refused.
+
+    A salvaged one is kept for as long as its salvage can be undone: until this node serves what was salvaged as the primary.
+    """
     volume = node.store.load(arguments.transfer).target.volume
     with node.job(volume, "transfer.discard"):
         transfer = node.store.load(arguments.transfer)  # it may have been committed before the volume was ours
@@ -449,7 +452,7 @@ def _held(node: Node, generation: GenerationId) -> bool:
 
 def _discard(node: Node, transfer: TransferRecord) -> None:
     """The record goes last, so a crash here leaves a transfer that can be discarded again."""
-    if transfer.state is m.TransferState.SALVAGED:
+    if transfer.state is m.TransferState.SALVAGED and node.record(transfer.target.volume).role is m.Role.SECONDARY:
         raise DeviceBusy("a salvage of this transfer is committed", fix="Undo the salvage first, or keep both.")
     if transfer.sending:
         if transfer.state is not m.TransferState.COMMITTED and _held(node, transfer.target):

@@ -18,7 +18,7 @@ from agent.config import Config
 from agent.contract import messages as m
 from agent.contract.columns import identity
 from agent.contract.dmi import Change, Dmi, Side
-from agent.contract.errors import BaseMismatch, FreezeFailed, LandfallError, TransferBusy, VolumeExists
+from agent.contract.errors import BaseMismatch, DeviceBusy, FreezeFailed, LandfallError, TransferBusy, VolumeExists
 from agent.contract.identity import FilesystemKind, GenerationId
 from agent.service.node import Node
 from agent.system.block import go_down
@@ -129,6 +129,22 @@ def test_salvage_after_promotion_is_refused(pair: Pair) -> None:
     with pytest.raises(BaseMismatch, match="made the primary"):
         pair.nas2.ask(order)
     assert served(pair.nas2, base.volume).generations[-1].id == base
+
+
+def test_I8_what_a_salvage_was_made_of_can_be_given_up_when_it_cannot_be_undone_any_more(pair: Pair) -> None:
+    transfer, base, _ = interrupted(pair)
+    pair.nas2.ask(instruction(pair, transfer))
+    workspaces = pair.nas2.folder / "pool" / "volumes" / str(base.volume) / "workspaces"
+    with pytest.raises(DeviceBusy):
+        pair.nas2.ask(m.DiscardTransfer(transfer))
+    facts = pair.nas2.ask(m.ServeVolume(base.volume))
+    assert list(workspaces.iterdir())
+    pair.nas2.ask(m.DiscardTransfer(transfer))
+    assert not list(workspaces.iterdir())
+    assert (Path(facts.mount_point) / "new").stat().st_size == 300_000
+    pair.nas2.kill()
+    pair.nas2.start()
+    assert served(pair.nas2, base.volume).serving
 
 
 @pytest.mark.parametrize("damaged", ["dmi", "arrival"])
