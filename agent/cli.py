@@ -9,11 +9,11 @@ import selectors
 import socket
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
-from agent.contract.errors import DmiMalformed, LandfallError, NodeUnreachable, NotRoot
+from agent.contract.errors import DmiMalformed, LandfallError, NodeUnreachable, NotRoot, PathRefused
 
 DEFAULT_CONFIG = Path("/etc/landfall/agent.toml")
 DEFAULT_SOCKET = Path("/run/landfall/agent.sock")
@@ -27,8 +27,17 @@ class _Group(click.Group):
         try:
             return super().invoke(ctx)
         except LandfallError as error:
-            click.echo(f"landfall-agent: {error}", err=True)
-            ctx.exit(error.exit_code)
+            _end(ctx, error)
+        except OSError as error:
+            if isinstance(error, BrokenPipeError):
+                raise  # click ends quietly when whoever read our output went away
+            where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
+            _end(ctx, PathRefused(f"{where}{error.strerror or error}"))
+
+
+def _end(ctx: click.Context, error: LandfallError) -> NoReturn:
+    click.echo(f"landfall-agent: {error}", err=True)
+    ctx.exit(error.exit_code)
 
 
 @click.group(cls=_Group)

@@ -282,7 +282,10 @@ def _expected(node: Node, volume: VolumeRecord, arguments: m.ReceiveTransfer) ->
 def _refuse_unfit_base(node: Node, volume: VolumeRecord, base: GenerationId) -> None:
     """BaseMismatch unless ``base`` is the newest generation, as it was committed, of a volume that nobody may have written to here."""
     if node.serving(volume) or volume.role is not m.Role.SECONDARY:
-        raise BaseMismatch(f"node {node.config.node} serves volume {volume.name} itself, so its content is not the base any more")
+        raise BaseMismatch(
+            f"node {node.config.node} has taken volume {volume.name} over, so its content is not the base any more",
+            fix="It is the volume now; it is not replicated back by this release.",
+        )
     newest = node.substrate.generations(volume.id)[-1]
     if newest.id != base:
         raise BaseMismatch(

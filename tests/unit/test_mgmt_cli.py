@@ -26,6 +26,8 @@ from mgmt.run import replication
 from tests.unit.mgmt_pair import Pair, die, lose
 from tests.unit.test_mgmt_reach import line_of, new_key
 
+GOLDEN_DMI = Path(__file__).parent / "golden" / "sample.dmi"
+
 
 @pytest.fixture
 def pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pair:
@@ -195,11 +197,12 @@ def test_what_the_system_refuses_is_said_without_a_traceback(tmp_path: Path) -> 
     assert json.loads(done.stdout)["error"]["code"] == "path-refused"
 
 
-def test_a_disk_that_is_full_under_the_output_is_said() -> None:
+@pytest.mark.parametrize(
+    "words", [("mgmt.cli", "explain"), ("agent.cli", "dmi", "show", str(GOLDEN_DMI))], ids=["landfall", "landfall-agent"]
+)
+def test_a_disk_that_is_full_under_the_output_is_said(words: tuple[str, ...]) -> None:
     with Path("/dev/full").open("w") as full:
-        done = subprocess.run(
-            [sys.executable, "-m", "mgmt.cli", "explain"], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False
-        )
+        done = subprocess.run([sys.executable, "-m", *words], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
     assert done.returncode == 55
     assert "No space left" in done.stderr
     assert "Traceback" not in done.stderr
