@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 import os
 import signal
 import sys
@@ -558,6 +559,8 @@ def _first_sentence(kind: type[LandfallError]) -> str:
 
 def main() -> None:
     """Run ``landfall``."""
+    # paramiko logs from threads of its own what reaches us as an exception; without a handler that would land on standard error.
+    logging.getLogger("paramiko").addHandler(logging.NullHandler())
     _hear_interrupts()
     try:
         status_code = landfall(standalone_mode=False)
