@@ -3,7 +3,9 @@
 node         what the handlers work on: configuration, substrate, transfers, outbox, exports; one job per volume
 volumes      create, admit, list, serve, unserve
 generations  take, drop, open, close
-transfers    build, receive, send, list, fetch, discard
+sending      build, send (NAS 1)
+receiving    receive (NAS 2)
+transfers    list, fetch, discard
 salvages     update, undo
 outbox       notifications kept for the management node
 devices      what block devices there are
@@ -17,7 +19,7 @@ from typing import Any
 
 from agent.config import Config
 from agent.contract import messages as m
-from agent.service import devices, generations, salvages, transfers, volumes
+from agent.service import devices, generations, receiving, salvages, sending, transfers, volumes
 from agent.service.node import Node, ProgressCall
 
 HANDLERS: dict[type[Any], Callable[[Node, Any, ProgressCall], Any]] = {
@@ -32,9 +34,9 @@ HANDLERS: dict[type[Any], Callable[[Node, Any, ProgressCall], Any]] = {
     m.DropGeneration: generations.drop,
     m.OpenGeneration: generations.open_generation,
     m.CloseGeneration: generations.close_generation,
-    m.BuildTransfer: transfers.build_transfer,
-    m.ReceiveTransfer: transfers.receive,
-    m.SendTransfer: transfers.send_transfer,
+    m.BuildTransfer: sending.build_transfer,
+    m.ReceiveTransfer: receiving.receive,
+    m.SendTransfer: sending.send_transfer,
     m.ListTransfers: transfers.list_transfers,
     m.FetchDmi: transfers.fetch_dmi,
     m.FetchArrival: transfers.fetch_arrival,

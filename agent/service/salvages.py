@@ -8,7 +8,7 @@ from agent.contract.errors import BaseMismatch, DeviceBusy, LandfallError, NoSuc
 from agent.recovery.salvage import SalvageJob, salvage, undo
 from agent.recovery.salvage import recover as sweep_salvages
 from agent.service.node import Node, ProgressCall
-from agent.service.transfers import place_healed, ready_landing
+from agent.service.receiving import place_healed, ready_landing
 from agent.system.failpoint import failpoint
 from agent.transfer.store import TransferRecord
 
