@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from agent.blockio.device import Device
 from agent.contract.errors import CommandFailed, NotOurs, ProgramMissing
 from agent.system.run import Output, run
 
@@ -21,8 +22,13 @@ TAGS: Final = frozenset({"landfall", "landfall-lab"})
 _UDEV: Final = Path("/run/udev/control")
 _WITHOUT_UDEV: Final = ("--config", "activation { udev_sync=0 udev_rules=0 }")
 _TIME_LIMIT_S: Final = 120.0
+_HEADERS_BLOCKS: Final = 2  # the label and, at 4096, the header of the metadata area: lib/format_text/layout.h of lvm2
+_AREA_AT: Final = 4096
+_AREA_MAGIC: Final = b" LVM2 x[5A%r0N*>"
 _GROUP_COLUMNS: Final = "vg_uuid,vg_name,vg_tags,vg_free,vg_extent_size"
-_VOLUME_COLUMNS: Final = "vg_uuid,vg_tags,lv_uuid,lv_name,lv_size,lv_tags,lv_permissions,segtype,thin_id,pool_lv_uuid,data_lv_uuid,metadata_lv_uuid,chunk_size"
+_VOLUME_COLUMNS: Final = (
+    "vg_uuid,vg_tags,lv_uuid,lv_name,lv_size,lv_tags,lv_permissions,segtype,thin_id,pool_lv_uuid,data_lv_uuid,metadata_lv_uuid,chunk_size"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +40,12 @@ class Group:
     tags: frozenset[str]
     free_bytes: int
     extent_bytes: int
+    disk: Path | None  # one of its disks that keeps the metadata
 
 
 @dataclass(frozen=True, slots=True)
 class LogicalVolume:
-    """A logical volume; ``thin_id`` and ``pool`` (a UUID) of a thin volume, ``data`` and ``metadata`` (UUIDs) and ``chunk_bytes`` of a thin pool."""
+    """A logical volume; thin ones have ``thin_id`` and ``pool`` (a UUID), pools ``data`` and ``metadata`` (UUIDs) and ``chunk_bytes``."""
 
     uuid: str
     name: str
@@ -59,7 +66,9 @@ def group(name: str) -> Group:
     if len(rows) != 1:
         raise NotOurs(f"there is no volume group {name}" if not rows else f"{len(rows)} volume groups are called {name}")
     row = rows[0]
-    found = Group(row["vg_uuid"], row["vg_name"], _tags(row["vg_tags"]), int(row["vg_free"]), int(row["vg_extent_size"]))
+    disks = _report(["pvs", "-o", "pv_name", "--select", f"vg_uuid={row['vg_uuid']} && pv_mda_used_count>0"], "pv")
+    disk = Path(disks[0]["pv_name"]) if disks else None
+    found = Group(row["vg_uuid"], row["vg_name"], _tags(row["vg_tags"]), int(row["vg_free"]), int(row["vg_extent_size"]), disk)
     if not found.tags & TAGS:
         raise NotOurs(
             f"volume group {name} was not given to Landfall",
@@ -92,6 +101,18 @@ def volumes(of: Group) -> tuple[LogicalVolume, ...]:
     return tuple(found.values())
 
 
+def stamp(of: Group) -> bytes | None:
+    """Return something that differs after every commit to the group's metadata, by whomever; None if it cannot be told.
+
+    It is the header that LVM writes last in a commit, read past the page cache from one of the group's disks.
+    """
+    if of.disk is None:
+        return None
+    with Device.open_reading(of.disk) as disk:
+        headers = bytes(disk.read(0, _HEADERS_BLOCKS))
+    return headers if headers[_AREA_AT + 4 :].startswith(_AREA_MAGIC) else None
+
+
 def create(of: Group, arguments: Sequence[str], name: str, tags: Sequence[str] = ()) -> None:
     """Make a logical volume with its tags in one commit."""
     _change(["lvcreate", "--yes", *_options("--addtag", tags), "--name", name, *arguments], of)
@@ -119,7 +140,6 @@ def dm_uuid(of: Group, volume_uuid: str, layer: str = "") -> str:
 
 
 def _change(argv: list[str], of: Group) -> Output:
-    volumes(of)  # the name still means our group
     return _lvm(argv)
 
 

@@ -25,18 +25,14 @@ _FORMAT: Final = "1"
 
 def volume_tag(record: VolumeRecord) -> str:
     """Return the tag that makes g0 the volume."""
-    return _joined(
-        "volume", record.id, record.name, record.filesystem, record.size_bytes, record.sector_bytes, record.role, record.epoch
-    )
+    return _joined("volume", record.id, record.name, record.filesystem, record.size_bytes, record.sector_bytes, record.role, record.epoch)
 
 
 def generation_tag(facts: GenerationFacts) -> str:
     """Return the tag that makes a logical volume a generation."""
     of = facts.salvaged_from
     more = () if of is None else (of.epoch, of.counter, of.nonce)
-    return _joined(
-        "generation", facts.id.volume, facts.id.epoch, facts.id.counter, facts.id.nonce, facts.kind, facts.taken_ns, *more
-    )
+    return _joined("generation", facts.id.volume, facts.id.epoch, facts.id.counter, facts.id.nonce, facts.kind, facts.taken_ns, *more)
 
 
 def workspace_tag(workspace: Workspace) -> str:

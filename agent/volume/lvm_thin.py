@@ -1,8 +1,9 @@
-"""The `lvm-thin` substrate: every volume, generation and workspace is a thin volume of one pool, and the group's metadata is all that is remembered.
+"""The `lvm-thin` substrate: every volume, generation and workspace is a thin volume of one pool, remembered by the group's metadata alone.
 
-What a logical volume is stands in its tags (lvm_tags.py), and a change of tags is one commit of LVM's: the one step of every operation. Names
-are random and never used twice. A snapshot carries its tags from its first commit on. What has no meaning (unfinished, displaced by another,
-of a volume that is gone) is swept. LVM keeps them all inactive; devices are made for each use and vanish with it (mapper.py).
+What a logical volume is stands in its tags (lvm_tags.py), and a change of tags is one commit of LVM's: the one step of every
+operation. Names are random and never used twice. A snapshot carries its tags from its first commit on. What has no meaning
+(unfinished, displaced by another, of a volume that is gone) is swept. LVM keeps them all inactive; devices are made for each use
+and vanish with it (mapper.py).
 
 A change takes the group's lock for as long as it lasts, so that nothing is attached while it is being judged unused.
 """
@@ -73,13 +74,14 @@ class LvmThinSubstrate:
     kind = "lvm-thin"
 
     def __init__(self, group: str, *, limits: Limits | None = None) -> None:
-        """Open a volume group; NotOurs if it or its pool does not carry our tag. ``recover`` is the caller's, once, before anything else."""
+        """Open a volume group; NotOurs if it or its pool does not carry our tag. ``recover`` is the caller's, before anything else."""
         self.group = lvm.group(group)
         self.limits = limits or Limits()
         pools = [held for held in lvm.volumes(self.group) if POOL_TAG in held.tags]
         if len(pools) != 1:
             raise NotOurs(f"volume group {group} has {len(pools)} thin pools of Landfall", fix="Make one with `landfall-agent pool`.")
         self.pool_volume = pools[0]
+        self._known: tuple[bytes, _Held] | None = None
         self._activate()
 
     @staticmethod
@@ -356,6 +358,15 @@ class LvmThinSubstrate:
     # --- steps ---
 
     def _held(self) -> _Held:
+        """Return what every logical volume of the pool is, as read since the last commit to the group."""
+        stamp, known = lvm.stamp(self.group), self._known
+        if stamp is not None and known is not None and known[0] == stamp:
+            return known[1]
+        held = self._read()
+        self._known = None if stamp is None else (stamp, held)  # a commit since the stamp makes another one, so it is read again
+        return held
+
+    def _read(self) -> _Held:
         """Read what every logical volume of the pool is. The tag on g0 is the volume: what belongs to none has no meaning."""
         ours = [found for found in lvm.volumes(self.group) if found.pool == self.pool_volume.uuid and found.thin_id is not None]
         displaced = frozenset[str]().union(*(tags.displaced(found.tags) for found in ours))
@@ -434,7 +445,8 @@ class LvmThinSubstrate:
         if data > self.limits.data_percent or metadata > self.limits.metadata_percent:
             raise NoSpace(
                 f"no room in the pool for {what}",
-                cause=f"data {data:.1f} % of at most {self.limits.data_percent:g}, metadata {metadata:.1f} of {self.limits.metadata_percent:g}",
+                cause=f"data {data:.1f} % (limit {self.limits.data_percent:g}), "
+                f"metadata {metadata:.1f} % (limit {self.limits.metadata_percent:g})",
                 fix=f"Extend the pool (lvextend {self.group.name}/{self.pool_volume.name}), or drop generations or a partial transfer.",
             )
 
@@ -524,4 +536,6 @@ def _refuse_other_mount(mount_point: Path, operational: LogicalVolume) -> None:
     """Refuse to freeze a filesystem that is not on our operational volume."""
     mount = mount_on(mount_point)
     if mount is None or not mapper.is_device_of(mount.device, operational.uuid):
-        raise NotOurs(f"{mount_point} is not a mount of the operational volume", cause=f"mounted there: {mount.source if mount else 'nothing'}")
+        raise NotOurs(
+            f"{mount_point} is not a mount of the operational volume", cause=f"mounted there: {mount.source if mount else 'nothing'}"
+        )

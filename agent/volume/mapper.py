@@ -1,8 +1,8 @@
 """Device-mapper devices of our own over thin volumes: made for one use, known by identity, vanishing with their last user.
 
-A device is made and at once ordered to be removed when it is closed for the last time (dmsetup(8), remove --deferred). We hold it open as long as
-the context lasts; a mount or another opener keeps it longer. So a device of ours that exists is in use, a SIGKILL included, and the kernel
-alone decides it. Read-only devices are so in their table: every write is refused below the page cache.
+A device is made and at once ordered to be removed when it is closed for the last time (dmsetup(8), remove --deferred). We hold it
+open as long as the context lasts; a mount or another opener keeps it longer. So a device of ours that exists is in use, a SIGKILL
+included, and the kernel alone decides it. Read-only devices are so in their table: every write is refused below the page cache.
 """
 
 from __future__ import annotations

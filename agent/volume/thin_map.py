@@ -1,8 +1,9 @@
 """Which blocks differ between two thin volumes of one pool, and where in the pool's data device the older ones lie.
 
-What changed comes from ``thin_delta``, where the base lies from ``thin_dump`` (thin-provisioning-tools), both reading the same metadata
-snapshot, which the kernel keeps unchanged while the pool goes on. A pool has room for one such snapshot, so it is released whatever happens, and
-one that a crash left is released before the next is made. Both speak of chunks; ``refined`` reads both volumes and keeps the blocks that differ.
+What changed comes from ``thin_delta``, where the base lies from ``thin_dump`` (thin-provisioning-tools), both reading the same
+metadata snapshot, which the kernel keeps unchanged while the pool goes on. A pool has room for one such snapshot, so it is
+released whatever happens, and one that a crash left is released before the next is made. Both speak of chunks; ``refined`` reads
+both volumes and keeps the blocks that differ.
 """
 
 from __future__ import annotations
@@ -55,7 +56,9 @@ def differing_chunks(pool: Path, metadata: Path, base_id: int, target_id: int) -
         delta = _tool(["thin_delta", "--metadata-snap", "--thin1", str(base_id), "--thin2", str(target_id), str(metadata)])
         dump = _tool(["thin_dump", "--metadata-snap", "--dev-id", str(base_id), str(metadata)])
     found = sorted((int(begin), int(length), kind) for kind, begin, length in _DIFFERS.findall(delta))
-    mapped = sorted([(int(a), int(b), 1) for a, b in _SINGLE.findall(dump)] + [(int(a), int(b), int(n)) for a, b, n in _RANGE.findall(dump)])
+    mapped = sorted(
+        [(int(a), int(b), 1) for a, b in _SINGLE.findall(dump)] + [(int(a), int(b), int(n)) for a, b, n in _RANGE.findall(dump)]
+    )
     return _placed(found, mapped)
 
 
@@ -90,12 +93,17 @@ def _compared(
     at: int, count: int, place: int, old: NDArray[np.uint64] | None, new: NDArray[np.uint64] | None
 ) -> tuple[U64, U64, NDArray[np.bool_]]:
     """Return (block, address of its pre-image, whether the target has a hole) of the blocks that differ."""
-    old_zero = np.ones(count, np.bool_) if old is None else ~old.any(axis=1)
-    new_zero = np.ones(count, np.bool_) if new is None else ~new.any(axis=1)
-    differs = old_zero != new_zero if old is None or new is None else (old != new).any(axis=1)
+    old_zero, new_zero = _zero(old, count), _zero(new, count)
+    differs: NDArray[np.bool_] = old_zero != new_zero
+    if old is not None and new is not None:
+        differs = np.asarray((old != new).any(axis=1), np.bool_)
     offset = np.flatnonzero(differs).astype(np.uint64)
     places = np.full(len(offset), HOLE, np.uint64) if place == HOLE else np.uint64(place) + offset
     return np.uint64(at) + offset, np.where(old_zero[differs], np.uint64(HOLE), places), new_zero[differs]
+
+
+def _zero(blocks: NDArray[np.uint64] | None, count: int) -> NDArray[np.bool_]:
+    return np.ones(count, np.bool_) if blocks is None else np.asarray(~blocks.any(axis=1), np.bool_)
 
 
 def _blocks(device: Device, first: int, blocks: int) -> NDArray[np.uint64]:

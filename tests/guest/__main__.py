@@ -2,9 +2,10 @@
 
     python -m tests.guest run [--limit-s N] -- COMMAND ...
 
-The guest is user-mode Linux, from Debian's package: a process of this machine, seconds to boot, its root filesystem this machine's own, mounted
-read-only. So the guest has the same programs, the same Python and the same repository, and nothing is built for it. It can write only to
-memory, and to a folder of its own under build/guest. The exit status is the command's; 125 if the guest did not give one.
+The guest is user-mode Linux, from Debian's package: a process of this machine, seconds to boot, its root filesystem this machine's
+own, mounted read-only. So the guest has the same programs, the same Python and the same repository, and nothing is built for it. It
+can write only to memory, and to a folder of its own under build/guest. The exit status is the command's; 125 if the guest did not
+give one, 126 if no guest can be started.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ def run(command: list[str], limit_s: float, memory_mib: int) -> int:
         status = _boot(folder, limit_s, memory_mib)
         if status == NO_STATUS:
             kernel = (folder / "kernel.log").read_bytes().decode("utf-8", "replace")
-            sys.stderr.write(f"landfall guest: it ended without a status, or did not end in {limit_s:g} s. Its last words:\n{kernel[-3000:]}\n")
+            sys.stderr.write(
+                f"landfall guest: it ended without a status, or did not end in {limit_s:g} s. Its last words:\n{kernel[-3000:]}\n"
+            )
         return status
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -54,10 +57,12 @@ def run(command: list[str], limit_s: float, memory_mib: int) -> int:
 
 def _boot(folder: Path, limit_s: float, memory_mib: int) -> int:
     fast = _SHARED_MEMORY.is_dir() and os.statvfs(_SHARED_MEMORY).f_bavail * os.statvfs(_SHARED_MEMORY).f_frsize > memory_mib << 20
+    init = Path(__file__).with_name("init")
     argv = [
-        KERNEL, f"mem={memory_mib}M", "root=/dev/root", "rootfstype=hostfs", "rootflags=/", "ro", f"init={Path(__file__).with_name('init')}",
-        f"LANDFALL_GUEST={folder}", f"uml_dir={folder}/", "umid=guest", "con=null", "con0=null,fd:2", "con1=null,fd:1", "panic=1",
-    ]  # fmt: skip
+        *(KERNEL, f"mem={memory_mib}M", "panic=1", f"uml_dir={folder}/", "umid=guest"),
+        *("root=/dev/root", "rootfstype=hostfs", "rootflags=/", "ro", f"init={init}", f"LANDFALL_GUEST={folder}"),
+        *("con=null", "con0=null,fd:2", "con1=null,fd:1"),
+    ]
     environment = {**os.environ, "TMPDIR": str(_SHARED_MEMORY if fast else folder)}
     with open(folder / "kernel.log", "wb") as log:
         guest = subprocess.Popen(

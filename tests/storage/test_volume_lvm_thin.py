@@ -1,4 +1,4 @@
-"""The lvm-thin substrate: the conformance suite, and what is particular to thin volumes. Needs device-mapper: `make vm-test` gives it a guest."""
+"""The lvm-thin substrate: the conformance suite, and what is particular to thin volumes. `make vm-test` runs it in a guest."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from agent.contract.errors import LayoutUnsupported
-from agent.volume import lvm, mapper
+from agent.system.clock import wait_until
+from agent.volume import mapper
 from agent.volume.lvm_thin import LvmThinSubstrate
 from agent.volume.substrate import Substrate
 from tests.storage.conformance import Bench, SubstrateConformance, record
@@ -34,8 +35,7 @@ def bench(group: str) -> Iterator[Bench]:
     yield Bench(lambda: LvmThinSubstrate(group), f"from agent.volume.lvm_thin import *; substrate = LvmThinSubstrate({group!r})")
     survivor = LvmThinSubstrate(group)
     survivor.recover()
-    left = [device for device in mapper._devices("LANDFALL-") if not mapper.wait_until(lambda d=device: not d.exists(), 2.0)]
-    assert left == []
+    assert wait_until(lambda: not mapper._devices("LANDFALL-"), 2.0)
     subprocess.run(["lvremove", "-ff", "-y", "-S", f"pool_lv_uuid={survivor.pool_volume.uuid}", group], check=True, capture_output=True)
 
 
