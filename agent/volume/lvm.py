@@ -27,7 +27,8 @@ _AREA_AT: Final = 4096
 _AREA_MAGIC: Final = b" LVM2 x[5A%r0N*>"
 _GROUP_COLUMNS: Final = "vg_uuid,vg_name,vg_tags,vg_free,vg_extent_size"
 _VOLUME_COLUMNS: Final = (
-    "vg_uuid,vg_tags,lv_uuid,lv_name,lv_size,lv_tags,lv_permissions,segtype,thin_id,pool_lv_uuid,data_lv_uuid,metadata_lv_uuid,chunk_size"
+    "vg_uuid,vg_tags,lv_uuid,lv_name,lv_size,lv_tags,lv_permissions,segtype,thin_id,pool_lv_uuid,data_lv_uuid,metadata_lv_uuid,chunk_size,"
+    "lv_when_full"
 )
 
 
@@ -45,7 +46,7 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class LogicalVolume:
-    """A logical volume; thin ones have ``thin_id`` and ``pool`` (a UUID), pools ``data`` and ``metadata`` (UUIDs) and ``chunk_bytes``."""
+    """A logical volume; thin ones have ``thin_id`` and ``pool`` (a UUID), pools the rest, ``data`` and ``metadata`` being UUIDs."""
 
     uuid: str
     name: str
@@ -58,6 +59,7 @@ class LogicalVolume:
     data: str
     metadata: str
     chunk_bytes: int
+    errors_when_full: bool
 
 
 def group(name: str) -> Group:
@@ -97,6 +99,7 @@ def volumes(of: Group) -> tuple[LogicalVolume, ...]:
             row["data_lv_uuid"],
             row["metadata_lv_uuid"],
             int(row["chunk_size"] or 0),
+            row["lv_when_full"] == "error",
         )
     return tuple(found.values())
 

@@ -82,6 +82,8 @@ class LvmThinSubstrate:
             raise NotOurs(f"volume group {group} has {len(pools)} thin pools of Landfall", fix="Make one with `landfall-agent pool`.")
         self.pool_volume = pools[0]
         self._known: tuple[bytes, _Held] | None = None
+        if not self.pool_volume.errors_when_full:
+            lvm.change(self.group, self.pool_volume.name, "--errorwhenfull", "y")
         self._activate()
 
     @staticmethod
@@ -90,7 +92,7 @@ class LvmThinSubstrate:
         found = lvm.group(group)
         held = lvm.volumes(found)
         if not any(POOL_TAG in volume.tags for volume in held):
-            if any(not volume.name.startswith("lvol") for volume in held):
+            if any(not volume.name.endswith("_pmspare") for volume in held):
                 raise NotOurs(f"volume group {group} holds volumes that Landfall did not make", fix="Give Landfall a group of its own.")
             name = f"pool-{secrets.token_hex(8)}"
             metadata = max(4 << 20, found.free_bytes >> 9) // found.extent_bytes * found.extent_bytes
@@ -98,7 +100,6 @@ class LvmThinSubstrate:
             room = room // found.extent_bytes * found.extent_bytes
             shape = ["--type", "thin-pool", "--size", f"{room}b", "--chunksize", f"{CHUNK_BYTES}b", "--poolmetadatasize", f"{metadata}b"]
             lvm.create(found, [*shape, "--zero", "y", found.name], name, [POOL_TAG])
-            lvm.change(found, name, "--errorwhenfull", "y")
         return LvmThinSubstrate(group)
 
     @property

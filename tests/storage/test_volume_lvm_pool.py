@@ -56,9 +56,10 @@ def test_a_group_that_is_not_there_is_refused() -> None:
 
 
 def test_without_lvm2_the_package_is_named(substrate: LvmThinSubstrate, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ProgramMissing, match="lvm2"):
-        LvmThinSubstrate(substrate.group.name)
+    with monkeypatch.context() as without:
+        without.setenv("PATH", str(tmp_path))
+        with pytest.raises(ProgramMissing, match="lvm2"):
+            LvmThinSubstrate(substrate.group.name)
 
 
 def test_the_pool_errors_when_it_is_full_instead_of_waiting(substrate: LvmThinSubstrate) -> None:
