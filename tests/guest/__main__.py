@@ -102,7 +102,7 @@ def main() -> int:
     verbs = parser.add_subparsers(required=True)
     verb = verbs.add_parser("run")
     verb.add_argument("--limit-s", type=float, default=1800.0)
-    verb.add_argument("--memory-mib", type=int, default=1536)
+    verb.add_argument("--memory-mib", type=int, default=2560)
     verb.add_argument("command", nargs="+")
     asked = parser.parse_args()
     reason = why_not()
