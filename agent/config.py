@@ -20,9 +20,7 @@ class Config:
     node: str
     replication_address: str
     state_dir: Path = Path("/var/lib/landfall/state")
-    substrate: str = "reflink"
     pool_dir: Path = Path("/var/lib/landfall/pool")
-    volume_group: str = ""
     run_dir: Path = Path("/run/landfall")
     socket: Path = Path("/run/landfall/agent.sock")
     mount_dir: Path = Path("/srv/landfall")
@@ -30,6 +28,8 @@ class Config:
     smb_port: int = 445
     smb_guest: bool = False
     lab: bool = False
+    substrate: str = "reflink"
+    volume_group: str = ""
 
 
 def read_config(path: Path) -> Config:

@@ -17,8 +17,8 @@ from agent.system.clock import wait_until
 from agent.volume import filesystem, lvm, mapper
 from agent.volume.lvm_thin import Limits, LvmThinSubstrate
 from agent.volume.substrate import Workspace, WorkspaceKind
-from tests.storage.conformance import Bench, Call, block_of, blocks_of, facts_after, in_child, record, taken, write
-from tests.storage.volume_groups import thin_group
+from tests.storage.conformance import Bench, Call, block_of, blocks_of, facts_after, in_child, read, record, taken, write
+from tests.storage.volume_groups import needs_device_mapper, thin_group
 
 POOL_BYTES = 160 << 20
 
@@ -51,6 +51,7 @@ def test_a_group_without_the_tag_is_not_touched(tmp_path: Path) -> None:
 
 
 def test_a_group_that_is_not_there_is_refused() -> None:
+    needs_device_mapper()
     with pytest.raises(NotOurs):
         LvmThinSubstrate("landfall-not-there")
 
@@ -67,7 +68,7 @@ def test_the_pool_errors_when_it_is_full_instead_of_waiting(substrate: LvmThinSu
     assert "error_if_no_space" in table
 
 
-def test_nothing_is_begun_above_a_limit(substrate: LvmThinSubstrate) -> None:
+def test_E6_E7_nothing_is_begun_above_a_limit(substrate: LvmThinSubstrate) -> None:
     volume = record()
     substrate.create(volume)
     base = taken(substrate, volume.id, {1: block_of("a")}).id
@@ -84,7 +85,7 @@ def test_nothing_is_begun_above_a_limit(substrate: LvmThinSubstrate) -> None:
         assert len(strict.generations(volume.id)) == 2
 
 
-def test_E_a_full_pool_fails_the_writer_and_harms_no_generation(substrate: LvmThinSubstrate) -> None:
+def test_E6_a_full_pool_fails_the_writer_and_harms_no_generation(substrate: LvmThinSubstrate) -> None:
     volume = record(Role.SECONDARY, size_bytes=256 << 20)
     substrate.create(volume)
     workspace = Workspace(volume.id, uuid4(), WorkspaceKind.LANDING)
@@ -144,6 +145,20 @@ def test_a_metadata_snapshot_that_a_crash_left_is_released(substrate: LvmThinSub
     assert in_child(bench, Call("changed", (base, target)), "thin_map.reserved=kill") == -9
     substrate.recover()
     assert not mapper.pool_status(substrate._pool()).held
+
+
+def test_A12_after_a_boot_the_pool_is_activated_and_all_is_there(substrate: LvmThinSubstrate) -> None:
+    volume = record()
+    substrate.create(volume)
+    facts = taken(substrate, volume.id, {5: block_of("kept")})
+    pool = f"{substrate.group.name}/{substrate.pool_volume.name}"
+    subprocess.run(["lvchange", "--activate", "n", pool], check=True, capture_output=True)
+    assert mapper.by_identity(lvm.dm_uuid(substrate.group, substrate.pool_volume.uuid, "tpool")) is None
+    booted = LvmThinSubstrate(substrate.group.name)
+    booted.recover()
+    assert booted.generations(volume.id)[-1] == facts
+    with booted.reading(facts.id) as device:
+        assert read(device, 5, 1) == block_of("kept")
 
 
 def test_what_somebody_else_commits_is_seen(substrate: LvmThinSubstrate) -> None:
