@@ -23,6 +23,7 @@ from uuid import UUID
 from agent.contract.errors import (
     BaseMismatch,
     DeviceFailed,
+    LandfallError,
     LayoutUnsupported,
     NoSpace,
     NoSuchGeneration,
@@ -133,7 +134,7 @@ class LvmThinSubstrate:
         if record.size_bytes <= 0 or record.size_bytes % BLOCK_BYTES:
             raise LayoutUnsupported(f"{record.size_bytes} bytes are no whole number of blocks", fix=f"Use a multiple of {BLOCK_BYTES}.")
         self._refuse_sectors(record)
-        with self._locked():
+        with self._locked(), self._swept_on_failure():
             held = self._held()
             if any(other.id == record.id or other.name == record.name for other, _ in held.volumes.values()):
                 raise VolumeExists(f"volume {record.name} ({record.id}) exists")
@@ -179,7 +180,7 @@ class LvmThinSubstrate:
         Without a mount point the volume must not be in use (DeviceBusy). NotOurs if something else is mounted there. If we die here
         the guard thaws, and the snapshot, which is unfinished, is swept.
         """
-        with self._locked():
+        with self._locked(), self._swept_on_failure():
             held = self._held()
             operational = self._operational(held, volume)
             self._refuse_taken(held, facts)
@@ -492,6 +493,15 @@ class LvmThinSubstrate:
         for left in self._held().meaningless:
             if not mapper.in_use(left.uuid):
                 lvm.remove(self.group, left)
+
+    @contextmanager
+    def _swept_on_failure(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            with suppress(LandfallError):  # what stays is swept at the next start
+                self._sweep()
+            raise
 
     def _activate(self) -> None:
         if mapper.by_identity(lvm.dm_uuid(self.group, self.pool_volume.uuid, "tpool")) is None:

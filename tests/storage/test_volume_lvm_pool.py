@@ -10,7 +10,7 @@ from uuid import uuid4
 
 import pytest
 
-from agent.contract.errors import BaseMismatch, NoSpace, NotOurs, ProgramMissing
+from agent.contract.errors import BaseMismatch, FailpointHit, NoSpace, NotOurs, ProgramMissing
 from agent.contract.identity import BLOCK_BYTES, GenerationKind, empty_generation
 from agent.contract.messages import Role
 from agent.system.clock import wait_until
@@ -145,6 +145,22 @@ def test_a_metadata_snapshot_that_a_crash_left_is_released(substrate: LvmThinSub
     assert in_child(bench, Call("changed", (base, target)), "thin_map.reserved=kill") == -9
     substrate.recover()
     assert not mapper.pool_status(substrate._pool()).held
+
+
+@pytest.mark.parametrize(("operation", "point"), [("take", "substrate.take.before_record"), ("create", "substrate.create.before_rename")])
+def test_what_fails_half_way_leaves_nothing(
+    substrate: LvmThinSubstrate, monkeypatch: pytest.MonkeyPatch, operation: str, point: str
+) -> None:
+    volume = record()
+    substrate.create(volume)
+    before = len(lvm.volumes(substrate.group))
+    with monkeypatch.context() as armed:
+        armed.setenv("LANDFALL_ALLOW_FAILPOINTS", "1")
+        armed.setenv("LANDFALL_FAILPOINTS", ";".join(f"{point}=raise:{nth}" for nth in range(1, 9)))
+        arguments = (volume.id, None, facts_after(substrate, volume.id)) if operation == "take" else (record(),)
+        with pytest.raises(FailpointHit):
+            getattr(substrate, operation)(*arguments)
+    assert len(lvm.volumes(substrate.group)) == before
 
 
 def test_A12_after_a_boot_the_pool_is_activated_and_all_is_there(substrate: LvmThinSubstrate) -> None:
