@@ -2,7 +2,7 @@
 BIN := build/venv/bin
 ARGS ?=
 
-.PHONY: drill test check setup venv bench lock clean
+.PHONY: drill test vm-test check setup venv bench lock clean
 
 drill: setup
 	$(BIN)/landfall drill $(ARGS)
@@ -10,6 +10,12 @@ drill: setup
 # In a mount namespace of its own: nothing else on the machine can keep a test's filesystem busy, and whatever a killed test leaves goes with it.
 test: setup
 	unshare --mount --propagation private $(BIN)/python -m pytest tests/unit tests/storage tests/lab tests/faults $(ARGS)
+
+# What needs device-mapper, in a guest that has it: see tests/guest. Takes minutes; a second argument selects, as in ARGS="-k E25".
+VM_TESTS := tests/storage/test_volume_lvm_pool.py tests/storage/test_recovery_lvm_thin.py tests/storage/test_volume_lvm_thin.py
+vm-test:
+	@bash packaging/setup.sh --guest
+	$(BIN)/python -m tests.guest run --limit-s 3000 -- $(abspath $(BIN))/python -m pytest -o cache_dir=/run/pytest $(VM_TESTS) $(ARGS)
 
 check: venv
 	$(BIN)/ruff check

@@ -5,10 +5,12 @@ from __future__ import annotations
 import tomllib
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from agent.contract.errors import ConfigInvalid, NameRefused
 from agent.contract.identity import plain_name
+
+SUBSTRATES: Final = ("reflink", "lvm-thin")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +28,8 @@ class Config:
     smb_port: int = 445
     smb_guest: bool = False
     lab: bool = False
+    substrate: str = "reflink"
+    volume_group: str = ""
 
 
 def read_config(path: Path) -> Config:
@@ -53,6 +57,10 @@ def read_config(path: Path) -> Config:
         plain_name(config.node)
     except NameRefused as error:
         raise ConfigInvalid(f"{path}: node: {error.message}") from error
+    if config.substrate not in SUBSTRATES:
+        raise ConfigInvalid(f"{path}: substrate is {config.substrate}, it must be one of {', '.join(SUBSTRATES)}")
+    if (config.substrate == "lvm-thin") != bool(config.volume_group):
+        raise ConfigInvalid(f"{path}: volume_group is named if and only if substrate is lvm-thin")
     return config
 
 

@@ -38,7 +38,7 @@ def changed_runs(base: ExtentMap, target: ExtentMap) -> ChangedRuns:
     throughout or nowhere. LayoutUnsupported where an extent has no plain address (compressed, inline, unaligned).
     """
     first, end, before, after = _differing(base, target)
-    return _merged(first, end, before, after == np.uint64(HOLE))
+    return merged(first, end, before, after == np.uint64(HOLE))
 
 
 def changed_ranges(one: ExtentMap, other: ExtentMap) -> tuple[U64, U64]:
@@ -113,7 +113,7 @@ def _addresses(at: U64, first: U64, end: U64, address: U64) -> U64:
     return np.where(inside, address[row] + (at - first[row]), np.uint64(HOLE))
 
 
-def _merged(first: U64, end: U64, address: U64, target_hole: NDArray[np.bool_]) -> ChangedRuns:
+def merged(first: U64, end: U64, address: U64, target_hole: NDArray[np.bool_]) -> ChangedRuns:
     """Return the runs with neighbours joined where blocks, addresses and the target's holes go on."""
     blocks = end - first
     follows = first[1:] == end[:-1]

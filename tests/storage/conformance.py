@@ -393,7 +393,7 @@ class SubstrateConformance:
 
     # --- crashes ---
 
-    CRASHES = (
+    CRASHES: tuple[tuple[str, str], ...] = (
         ("create", "substrate.create.before_rename"),
         ("create", "substrate.create.after"),
         ("remove", "substrate.remove.before"),

@@ -176,9 +176,7 @@ class Scene:
     """One volume on a pool. ``fill`` makes the base, ``change`` the target, ``build`` the DMI, ``land`` the landing volume."""
 
     def __init__(self, pool: Path, kind: FilesystemKind, tmp: Path, mkfs: tuple[str, ...] = ()) -> None:
-        folder = pool / uuid4().hex
-        ReflinkSubstrate.initialise(folder)
-        self.substrate, self.kind, self.tmp = ReflinkSubstrate(folder), kind, tmp
+        self.substrate, self.kind, self.tmp = self.substrate_on(pool), kind, tmp
         self.mkfs = MKFS[kind] + mkfs
         self.volume = uuid4()
         self.substrate.create(VolumeRecord(self.volume, f"v{os.urandom(4).hex()}", kind, SIZE[kind], 512, Role.PRIMARY, 1))
@@ -188,6 +186,11 @@ class Scene:
         self.base = self.target = self.g0
         self.mount_folder = tmp / "mounts"
         self.arrival_bytes = b""
+
+    @staticmethod
+    def substrate_on(pool: Path) -> ReflinkSubstrate:
+        """A substrate of the scene's own; another kind of scene has another one."""
+        return ReflinkSubstrate.initialise(pool / uuid4().hex)
 
     def remove(self) -> None:
         """Gives the pool's room back."""

@@ -59,3 +59,20 @@ def test_a_missing_key_and_a_missing_file_are_named(tmp_path: Path) -> None:
         read_config(written(tmp_path, 'node = "nas1"\n'))
     with pytest.raises(ConfigInvalid, match="nowhere"):
         read_config(tmp_path / "nowhere.toml")
+
+
+@pytest.mark.parametrize(
+    "lines",
+    ['substrate = "zfs"', 'substrate = "lvm-thin"', 'volume_group = "vg0"'],
+)
+def test_a_substrate_is_known_and_has_what_it_lies_on(tmp_path: Path, lines: str) -> None:
+    path = tmp_path / "agent.toml"
+    path.write_text(f'node = "nas1"\nreplication_address = "192.0.2.11"\n{lines}\n')
+    with pytest.raises(ConfigInvalid, match=r"substrate|volume_group"):
+        read_config(path)
+
+
+def test_a_volume_group_is_named_for_lvm_thin(tmp_path: Path) -> None:
+    path = tmp_path / "agent.toml"
+    path.write_text('node = "nas1"\nreplication_address = "192.0.2.11"\nsubstrate = "lvm-thin"\nvolume_group = "vg0"\n')
+    assert read_config(path).volume_group == "vg0"

@@ -1,0 +1,171 @@
+"""LVM as typed facts and single acts: volume groups and logical volumes known by UUID, sizes in bytes, changes that are one commit each.
+
+Facts come from ``--reportformat json`` with named columns alone; names are only ever taken from a report made a moment ago, and a report is
+believed only if the group's UUID in it is the one that was opened. Sources: lvmreport(7), lvm(8) for the characters of a tag.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from agent.blockio.device import Device
+from agent.contract.errors import CommandFailed, NotOurs, ProgramMissing
+from agent.system.run import Output, run
+
+TAGS: Final = frozenset({"landfall", "landfall-lab"})
+"""A volume group must carry one of these; in one without nothing is ever made, changed or removed."""
+
+_UDEV: Final = Path("/run/udev/control")
+_WITHOUT_UDEV: Final = ("--config", "activation { udev_sync=0 udev_rules=0 }")
+_TIME_LIMIT_S: Final = 120.0
+_HEADERS_BLOCKS: Final = 2  # the label and, at 4096, the header of the metadata area: lib/format_text/layout.h of lvm2
+_AREA_AT: Final = 4096
+_AREA_MAGIC: Final = b" LVM2 x[5A%r0N*>"
+_GROUP_COLUMNS: Final = "vg_uuid,vg_name,vg_tags,vg_free,vg_extent_size"
+_VOLUME_COLUMNS: Final = (
+    "vg_uuid,vg_tags,lv_uuid,lv_name,lv_size,lv_tags,lv_permissions,segtype,thin_id,pool_lv_uuid,data_lv_uuid,metadata_lv_uuid,chunk_size,"
+    "lv_when_full"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """A volume group."""
+
+    uuid: str
+    name: str
+    tags: frozenset[str]
+    free_bytes: int
+    extent_bytes: int
+    disk: Path | None  # one of its disks that keeps the metadata
+
+
+@dataclass(frozen=True, slots=True)
+class LogicalVolume:
+    """A logical volume; thin ones have ``thin_id`` and ``pool`` (a UUID), pools the rest, ``data`` and ``metadata`` being UUIDs."""
+
+    uuid: str
+    name: str
+    size_bytes: int
+    tags: frozenset[str]
+    read_only: bool
+    kind: str
+    thin_id: int | None
+    pool: str
+    data: str
+    metadata: str
+    chunk_bytes: int
+    errors_when_full: bool
+
+
+def group(name: str) -> Group:
+    """Return our volume group of that name; NotOurs if there is none or it does not carry one of ``TAGS``, ProgramMissing without lvm2."""
+    rows = _report(["vgs", "-o", _GROUP_COLUMNS, "--select", f"vg_name={name}"], "vg")
+    if len(rows) != 1:
+        raise NotOurs(f"there is no volume group {name}" if not rows else f"{len(rows)} volume groups are called {name}")
+    row = rows[0]
+    disks = _report(["pvs", "-o", "pv_name", "--select", f"vg_uuid={row['vg_uuid']} && pv_mda_used_count>0"], "pv")
+    disk = Path(disks[0]["pv_name"]) if disks else None
+    found = Group(row["vg_uuid"], row["vg_name"], _tags(row["vg_tags"]), int(row["vg_free"]), int(row["vg_extent_size"]), disk)
+    if not found.tags & TAGS:
+        raise NotOurs(
+            f"volume group {name} was not given to Landfall",
+            cause=f"it carries none of the tags {', '.join(sorted(TAGS))}",
+            fix=f"If all of it is for Landfall: vgchange --addtag landfall {name}.",
+        )
+    return found
+
+
+def volumes(of: Group) -> tuple[LogicalVolume, ...]:
+    """Return every logical volume of a group, hidden ones too; NotOurs if the name has come to mean another group."""
+    rows = _report(["lvs", "-a", "-o", _VOLUME_COLUMNS, of.name], "lv")
+    found: dict[str, LogicalVolume] = {}
+    for row in rows:
+        if row["vg_uuid"] != of.uuid or not _tags(row["vg_tags"]) & TAGS:
+            raise NotOurs(f"volume group {of.name} is not the one that was opened", cause=f"{row['vg_uuid']} and {of.uuid}")
+        found[row["lv_uuid"]] = LogicalVolume(
+            row["lv_uuid"],
+            row["lv_name"].strip("[]"),
+            int(row["lv_size"]),
+            _tags(row["lv_tags"]),
+            row["lv_permissions"].startswith("read-only"),
+            row["segtype"],
+            int(row["thin_id"]) if row["thin_id"] else None,
+            row["pool_lv_uuid"],
+            row["data_lv_uuid"],
+            row["metadata_lv_uuid"],
+            int(row["chunk_size"] or 0),
+            row["lv_when_full"] == "error",
+        )
+    return tuple(found.values())
+
+
+def stamp(of: Group) -> bytes | None:
+    """Return something that differs after every commit to the group's metadata, by whomever; None if it cannot be told.
+
+    It is the header that LVM writes last in a commit, read past the page cache from one of the group's disks.
+    """
+    if of.disk is None:
+        return None
+    with Device.open_reading(of.disk) as disk:
+        headers = bytes(disk.read(0, _HEADERS_BLOCKS))
+    return headers if headers[_AREA_AT + 4 :].startswith(_AREA_MAGIC) else None
+
+
+def create(of: Group, arguments: Sequence[str], name: str, tags: Sequence[str] = ()) -> None:
+    """Make a logical volume with its tags in one commit."""
+    _change(["lvcreate", "--yes", *_options("--addtag", tags), "--name", name, *arguments], of)
+
+
+def retag(of: Group, volume: LogicalVolume, *, add: Sequence[str] = (), drop: Sequence[str] = ()) -> None:
+    """Change the tags of a logical volume in one commit: all of it, or nothing."""
+    _change(["lvchange", *_options("--deltag", drop), *_options("--addtag", add), f"{of.name}/{volume.name}"], of)
+
+
+def change(of: Group, name: str, *arguments: str) -> None:
+    """Change one property of a logical volume."""
+    _change(["lvchange", *arguments, f"{of.name}/{name}"], of)
+
+
+def remove(of: Group, volume: LogicalVolume) -> None:
+    """Remove a logical volume that nobody uses, in one commit."""
+    _change(["lvremove", "--force", "--force", "--yes", f"{of.name}/{volume.name}"], of)
+
+
+def dm_uuid(of: Group, volume_uuid: str, layer: str = "") -> str:
+    """Return the identity by which the kernel knows LVM's own device of a logical volume, or of a hidden layer of it."""
+    identity = f"{of.uuid}{volume_uuid}".replace("-", "")
+    return f"LVM-{identity}-{layer}" if layer else f"LVM-{identity}"
+
+
+def _change(argv: list[str], of: Group) -> Output:
+    return _lvm(argv)
+
+
+def _options(option: str, values: Sequence[str]) -> list[str]:
+    return [word for value in values for word in (option, value)]
+
+
+def _report(argv: list[str], kind: str) -> list[dict[str, str]]:
+    """Return the rows of a report, all values as LVM's texts, sizes in bytes without suffix."""
+    output = _lvm([*argv, "--reportformat", "json", "--units", "b", "--nosuffix"])
+    try:
+        document: dict[str, Any] = json.loads(output.text)
+        return [row for part in document["report"] for row in part.get(kind, [])]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CommandFailed(f"{argv[0]} gave a report that cannot be read", cause=f"{error}: {output.text[:200]}") from error
+
+
+def _lvm(argv: list[str]) -> Output:
+    try:
+        return run([argv[0], *(() if _UDEV.exists() else _WITHOUT_UDEV), *argv[1:]], timeout_s=_TIME_LIMIT_S)
+    except ProgramMissing as error:
+        raise ProgramMissing(f"{argv[0]} is not installed", fix="Install lvm2 and thin-provisioning-tools.") from error
+
+
+def _tags(text: str) -> frozenset[str]:
+    return frozenset(filter(None, text.split(",")))

@@ -1,0 +1,207 @@
+"""Thin volumes in particular: whose group it is, how full the pool may be, freezing what is mounted, what a crash leaves reserved."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+
+from agent.contract.errors import BaseMismatch, FailpointHit, NoSpace, NotOurs, ProgramMissing
+from agent.contract.identity import BLOCK_BYTES, GenerationKind, empty_generation
+from agent.contract.messages import Role
+from agent.system.clock import wait_until
+from agent.volume import filesystem, lvm, mapper
+from agent.volume.lvm_thin import Limits, LvmThinSubstrate
+from agent.volume.substrate import Workspace, WorkspaceKind
+from tests.storage.conformance import Bench, Call, block_of, blocks_of, facts_after, in_child, read, record, taken, write
+from tests.storage.volume_groups import needs_device_mapper, thin_group
+
+POOL_BYTES = 160 << 20
+
+
+@pytest.fixture(scope="module")
+def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with thin_group(tmp_path_factory.mktemp("disk"), size_bytes=POOL_BYTES) as name:
+        LvmThinSubstrate.initialise(name)
+        yield name
+
+
+@pytest.fixture
+def substrate(group: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[LvmThinSubstrate]:
+    monkeypatch.setattr(mapper, "_GRACE_S", 0.3)
+    opened = LvmThinSubstrate.initialise(group)
+    yield opened
+    opened.recover()
+    assert wait_until(lambda: not mapper._devices("LANDFALL-"), 2.0)
+    for held in opened.volumes():
+        opened.remove(held.id)
+
+
+def test_a_group_without_the_tag_is_not_touched(tmp_path: Path) -> None:
+    with thin_group(tmp_path, tag=None, size_bytes=64 << 20) as stranger:
+        for opening in (LvmThinSubstrate, LvmThinSubstrate.initialise):
+            with pytest.raises(NotOurs):
+                opening(stranger)
+        found = subprocess.run(["lvs", "--noheadings", stranger], capture_output=True, text=True, check=True)
+        assert found.stdout.strip() == ""
+
+
+def test_a_group_that_is_not_there_is_refused() -> None:
+    needs_device_mapper()
+    with pytest.raises(NotOurs):
+        LvmThinSubstrate("landfall-not-there")
+
+
+def test_without_lvm2_the_package_is_named(substrate: LvmThinSubstrate, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with monkeypatch.context() as without:
+        without.setenv("PATH", str(tmp_path))
+        with pytest.raises(ProgramMissing, match="lvm2"):
+            LvmThinSubstrate(substrate.group.name)
+
+
+def test_the_pool_errors_when_it_is_full_instead_of_waiting(substrate: LvmThinSubstrate) -> None:
+    table = subprocess.run(["dmsetup", "table", substrate._pool()], capture_output=True, text=True, check=True).stdout
+    assert "error_if_no_space" in table
+
+
+def test_E6_E7_nothing_is_begun_above_a_limit(substrate: LvmThinSubstrate) -> None:
+    volume = record()
+    substrate.create(volume)
+    base = taken(substrate, volume.id, {1: block_of("a")}).id
+    for limits in (Limits(data_percent=0.01), Limits(metadata_percent=0.01)):
+        strict = LvmThinSubstrate(substrate.group.name, limits=limits)
+        workspace = Workspace(volume.id, uuid4(), WorkspaceKind.LANDING)
+        with pytest.raises(NoSpace):
+            strict.begin(workspace, base)
+        with pytest.raises(NoSpace):
+            strict.take(volume.id, None, facts_after(strict, volume.id))
+        with pytest.raises(NoSpace):
+            strict.create(record())
+        assert not strict.exists(workspace)
+        assert len(strict.generations(volume.id)) == 2
+
+
+def test_E6_a_full_pool_fails_the_writer_and_harms_no_generation(substrate: LvmThinSubstrate) -> None:
+    volume = record(Role.SECONDARY, size_bytes=256 << 20)
+    substrate.create(volume)
+    workspace = Workspace(volume.id, uuid4(), WorkspaceKind.LANDING)
+    substrate.begin(workspace, empty_generation(volume.id))
+    with substrate.writing(workspace) as device, open(device, "r+b", buffering=0) as file:
+        write(device, 0, block_of("first"))
+        with pytest.raises(OSError, match=r"No space|Input/output"):
+            _fill(file.fileno(), 256 << 20)
+    with pytest.raises(NoSpace):
+        substrate.begin(Workspace(volume.id, uuid4(), WorkspaceKind.LANDING), empty_generation(volume.id))
+    substrate.discard(workspace)
+    assert substrate.free_bytes() > 64 << 20
+    assert len(substrate.generations(volume.id)) == 1
+
+
+def _fill(device_fd: int, size_bytes: int) -> None:
+    for at in range(1 << 20, size_bytes, 1 << 20):
+        os.pwrite(device_fd, bytes([1]) * (1 << 20), at)
+        os.fsync(device_fd)
+
+
+def test_a_mounted_filesystem_is_frozen_for_the_snapshot(substrate: LvmThinSubstrate, tmp_path: Path) -> None:
+    volume = record(size_bytes=32 << 20)
+    substrate.create(volume)
+    mount_point = tmp_path / "served"
+    mount_point.mkdir()
+    with substrate.operational(volume.id) as device:
+        filesystem.make(device, volume.filesystem)
+        filesystem.mount(device, mount_point, volume.filesystem, read_only=False)
+    try:
+        (mount_point / "file").write_bytes(b"content")
+        facts = facts_after(substrate, volume.id)
+        assert substrate.take(volume.id, mount_point, facts) > 0
+        (mount_point / "file").write_bytes(b"later")
+        with pytest.raises(NotOurs):
+            substrate.take(volume.id, tmp_path, facts_after(substrate, volume.id))
+    finally:
+        filesystem.unmount(mount_point)
+    with substrate.reading(facts.id) as device:
+        filesystem.mount(device, mount_point, volume.filesystem, read_only=True)
+        try:
+            assert (mount_point / "file").read_bytes() == b"content"
+        finally:
+            filesystem.unmount(mount_point)
+
+
+def test_a_metadata_snapshot_that_a_crash_left_is_released(substrate: LvmThinSubstrate) -> None:
+    volume = record()
+    substrate.create(volume)
+    base, target = (taken(substrate, volume.id, {n: block_of(f"{n}")}).id for n in (1, 2))
+    name = substrate.group.name
+    bench = Bench(lambda: LvmThinSubstrate(name), f"from agent.volume.lvm_thin import *; substrate = LvmThinSubstrate({name!r})")
+    assert in_child(bench, Call("changed", (base, target)), "thin_map.reserved=kill") == -9
+    assert mapper.pool_status(substrate._pool()).held
+    assert blocks_of(substrate.changed(base, target)) == {2}
+    assert not mapper.pool_status(substrate._pool()).held
+    assert in_child(bench, Call("changed", (base, target)), "thin_map.reserved=kill") == -9
+    substrate.recover()
+    assert not mapper.pool_status(substrate._pool()).held
+
+
+@pytest.mark.parametrize(("operation", "point"), [("take", "substrate.take.before_record"), ("create", "substrate.create.before_rename")])
+def test_what_fails_half_way_leaves_nothing(
+    substrate: LvmThinSubstrate, monkeypatch: pytest.MonkeyPatch, operation: str, point: str
+) -> None:
+    volume = record()
+    substrate.create(volume)
+    before = len(lvm.volumes(substrate.group))
+    with monkeypatch.context() as armed:
+        armed.setenv("LANDFALL_ALLOW_FAILPOINTS", "1")
+        armed.setenv("LANDFALL_FAILPOINTS", ";".join(f"{point}=raise:{nth}" for nth in range(1, 9)))
+        arguments = (volume.id, None, facts_after(substrate, volume.id)) if operation == "take" else (record(),)
+        with pytest.raises(FailpointHit):
+            getattr(substrate, operation)(*arguments)
+    assert len(lvm.volumes(substrate.group)) == before
+
+
+def test_A12_after_a_boot_the_pool_is_activated_and_all_is_there(substrate: LvmThinSubstrate) -> None:
+    volume = record()
+    substrate.create(volume)
+    facts = taken(substrate, volume.id, {5: block_of("kept")})
+    pool = f"{substrate.group.name}/{substrate.pool_volume.name}"
+    subprocess.run(["lvchange", "--activate", "n", pool], check=True, capture_output=True)
+    assert mapper.by_identity(lvm.dm_uuid(substrate.group, substrate.pool_volume.uuid, "tpool")) is None
+    booted = LvmThinSubstrate(substrate.group.name)
+    booted.recover()
+    assert booted.generations(volume.id)[-1] == facts
+    with booted.reading(facts.id) as device:
+        assert read(device, 5, 1) == block_of("kept")
+
+
+def test_what_somebody_else_commits_is_seen(substrate: LvmThinSubstrate) -> None:
+    volume = record()
+    substrate.create(volume)
+    held = taken(substrate, volume.id, {1: block_of("a")})
+    substrate.refuse_written(held.id)
+    subprocess.run(
+        ["lvchange", "--permission", "rw", f"{substrate.group.name}/{substrate._held().generations[held.id][1].name}"],
+        check=True,
+        capture_output=True,
+    )
+    with pytest.raises(BaseMismatch):
+        substrate.refuse_written(held.id)
+
+
+def test_a_committed_generation_is_read_only_for_lvm_too(substrate: LvmThinSubstrate) -> None:
+    volume = record(Role.SECONDARY)
+    substrate.create(volume)
+    workspace = Workspace(volume.id, uuid4(), WorkspaceKind.LANDING)
+    substrate.begin(workspace, empty_generation(volume.id))
+    with substrate.writing(workspace) as device:
+        write(device, 7, block_of("landed"))
+    facts = facts_after(substrate, volume.id, GenerationKind.COMMITTED)
+    substrate.commit(workspace, facts)
+    substrate.refuse_written(facts.id)
+    runs = substrate.changed(empty_generation(volume.id), facts.id)
+    assert blocks_of(runs) == {7}
+    assert substrate.pool_volume.chunk_bytes > BLOCK_BYTES
+    assert lvm.group(substrate.group.name).uuid == substrate.group.uuid

@@ -1,0 +1,41 @@
+"""A volume group of the test's own, on a loop device over a file, gone when the test ends."""
+
+from __future__ import annotations
+
+import secrets
+import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+
+SIZE_BYTES = 1 << 30
+
+
+def needs_device_mapper() -> None:
+    """Skips where the kernel has no device-mapper."""
+    if not Path("/sys/class/misc/device-mapper").exists():
+        pytest.skip("this kernel has no device-mapper; `make vm-test` runs this in a guest")
+
+
+@contextmanager
+def thin_group(folder: Path, *, tag: str | None = "landfall-lab", size_bytes: int = SIZE_BYTES) -> Iterator[str]:
+    """Gives the name of a fresh volume group."""
+    needs_device_mapper()
+    name, image = f"landfall-test-{secrets.token_hex(4)}", folder / "disk"
+    with open(image, "wb") as file:
+        file.truncate(size_bytes)
+    with ExitStack() as after:
+        after.callback(image.unlink)
+        device = _run("losetup", "--find", "--show", str(image)).strip()
+        after.callback(_run, "losetup", "--detach", device)
+        _run("vgcreate", *(["--addtag", tag] if tag else []), name, device)
+        after.callback(_run, "vgremove", "-ff", "-y", name)
+        yield name
+
+
+def _run(*argv: str) -> str:
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{argv}: {done.stderr}"
+    return done.stdout
