@@ -18,7 +18,6 @@ from typing import Final
 
 from agent.contract.errors import CommandFailed, DeviceBusy, DeviceFailed, KernelLacks, ProgramMissing
 from agent.system.clock import wait_until
-from agent.system.failpoint import failpoint
 from agent.system.run import Output, run
 
 _SYS: Final = Path("/sys/class/block")
@@ -54,7 +53,6 @@ def thin_device(pool: Path, thin_id: int, size_bytes: int, lv_uuid: str, *, writ
     dmsetup(["create", name, "--uuid", identity, *(() if writable else ("--readonly",)), "--table", table])
     device_fd = -1
     try:
-        failpoint("mapper.created")
         device = by_identity(identity)
         if device is None:
             raise DeviceFailed(f"the device {name} did not come")
