@@ -74,14 +74,15 @@ class Landing:
         self._waiting: deque[Batch] = deque()
         self._taking = 0
         self._closed = False
+        self._failure: BaseException | None = None
         self.complete = int(np.count_nonzero(_complete(self._state)))
 
     def offer(self, batch: Batch) -> None:
-        """Hand a batch over to the workers, waiting while too many wait already; LinkLost after the end."""
+        """Hand a batch over to the workers, waiting while too many wait already; after the end the worker's failure, or LinkLost."""
         with self._changed:
             self._changed.wait_for(lambda: len(self._waiting) < _WAITING or self._closed)
             if self._closed:
-                raise LinkLost("a batch came after the end")
+                raise self._failure or LinkLost("a batch came after the end")
             self._waiting.append(batch)
             self._changed.notify_all()
 
@@ -98,10 +99,11 @@ class Landing:
                 self._changed.notify_all()
             try:
                 self.take(batch, buffer)
-            except BaseException:
-                with self._changed:
+            except BaseException as error:
+                with self._changed:  # in one step: who is refused for it says the same reason
+                    self._failure = self._failure or error
                     self._waiting.clear()
-                self.stop()
+                    self._closed = True
                 raise
             finally:
                 with self._changed:
