@@ -284,14 +284,23 @@ def volume_set(
 @click.option("--differential", type=click.Choice([kind.value for kind in Differential]), default="verify", show_default=True)
 @click.option("--streams", type=click.IntRange(1, 64), help="TCP streams.")
 @click.option("--rate", type=Size(), help="Bytes per second at most, such as 50M.")
+@click.option("--prepare", is_flag=True, help="Take the generation and build its differential; the next replicate sends it.")
 @as_json_option
 @at_place
-def replicate(place: Place, volume: str, differential: str, streams: int | None, rate: int | None, as_json: bool) -> None:
-    """Bring the newest state of VOLUME to its secondary, or go on with a transfer that was interrupted."""
+def replicate(place: Place, volume: str, differential: str, streams: int | None, rate: int | None, prepare: bool, as_json: bool) -> None:
+    """Bring the newest state of VOLUME to its secondary, or go on with a transfer that was prepared or interrupted."""
     from mgmt import run
     from mgmt.terminal import Bars, say, show_json
     from mgmt.view import bytes_words
 
+    if prepare:
+        if streams is not None or rate is not None:
+            raise click.UsageError("--prepare sends nothing: --streams and --rate belong to the replicate that follows")
+        with place.site() as site, Bars() as bars:
+            ready = run.prepare(site, volume, differential=Differential(differential), tell=bars.tell)
+        how = "had been prepared before" if ready.built is None else f"{ready.built.pieces:,} pieces of {ready.built.files:,} files"
+        show_json(to_document(ready)) if as_json else say(f"{ready.target.name} is ready to be sent ({how}).")
+        return
     with place.site() as site, Bars() as bars:
         done = run.replicate(
             site, volume, differential=Differential(differential), streams=streams, rate_limit_bytes_s=rate, tell=bars.tell

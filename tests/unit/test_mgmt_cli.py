@@ -65,7 +65,13 @@ def test_the_cycle_from_the_command_line(pair: Pair, tmp_path: Path) -> None:
     assert (listed["primary"], listed["secondary"], listed["size_bytes"]) == ("nas1", "nas2", 1 << 30)
     assert listed["priorities"] == [["mail", 5]]
     assert listed["policy"]["atomic_sets"] == [{"name": "db", "patterns": ["db/**", "wal"]}]
-    assert data("replicate", "projects", "--rate", "50M")["sent"]["pieces_sent"] == 3
+    ready = data("replicate", "projects", "--prepare")
+    assert ready["built"]["pieces"] == 3
+    assert "had been prepared before" in ask("replicate", "projects", "--prepare").stderr
+    ask("replicate", "projects", "--prepare", "--rate", "50M", error=SystemExit)
+    sent = data("replicate", "projects", "--rate", "50M")
+    assert sent["sent"]["pieces_sent"] == 3
+    assert sent["transfer"] == ready["transfer"]
 
     pair.fails = [die()]
     ask("replicate", "projects", error=NodeUnreachable)
