@@ -21,7 +21,8 @@ from click.testing import CliRunner, Result
 from agent.contract.errors import LandfallError, LinkLost, NodeUnreachable, PrimaryAlive, by_code
 from agent.contract.errors import explain as explain_code
 from mgmt import run
-from mgmt.cli import Place, landfall
+from mgmt.cli import landfall
+from mgmt.cli.place import Place
 from mgmt.run import replication
 from tests.unit.mgmt_pair import Pair, die, lose
 from tests.unit.test_mgmt_reach import line_of, new_key
