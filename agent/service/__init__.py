@@ -1,7 +1,9 @@
 """What the agent does when it is asked: one module per noun of the control plane, one function per verb.
 
 node         what the handlers work on: configuration, substrate, transfers, outbox, exports; one job per volume
-volumes      create, admit, list, serve, unserve
+volumes      create, admit, list
+serving      promote, serve, unserve, demote
+peers        probe
 generations  take, drop, open, close
 sending      build, send (NAS 1)
 receiving    receive (NAS 2)
@@ -19,7 +21,7 @@ from typing import Any
 
 from agent.config import Config
 from agent.contract import messages as m
-from agent.service import devices, generations, receiving, salvages, sending, transfers, volumes
+from agent.service import devices, generations, peers, receiving, salvages, sending, serving, transfers, volumes
 from agent.service.node import Node, ProgressCall
 
 HANDLERS: dict[type[Any], Callable[[Node, Any, ProgressCall], Any]] = {
@@ -28,8 +30,10 @@ HANDLERS: dict[type[Any], Callable[[Node, Any, ProgressCall], Any]] = {
     m.CreateVolume: volumes.create,
     m.AdmitReplica: volumes.admit,
     m.ListVolumes: volumes.list_volumes,
-    m.ServeVolume: volumes.serve,
-    m.StopServing: volumes.unserve,
+    m.PromoteVolume: serving.promote,
+    m.ServeVolume: serving.serve,
+    m.StopServing: serving.unserve,
+    m.DemoteVolume: serving.demote,
     m.TakeGeneration: generations.take,
     m.DropGeneration: generations.drop,
     m.OpenGeneration: generations.open_generation,
@@ -43,6 +47,7 @@ HANDLERS: dict[type[Any], Callable[[Node, Any, ProgressCall], Any]] = {
     m.DiscardTransfer: transfers.discard,
     m.UpdateInstruction: salvages.update,
     m.UndoSalvage: salvages.undo_salvage,
+    m.ProbePeer: peers.probe,
     m.ReadOutbox: lambda node, arguments, progress: m.Outbox(node.outbox.read(arguments.after, arguments.wait_s)),
     m.AcknowledgeOutbox: lambda node, arguments, progress: _acknowledge(node, arguments),
 }

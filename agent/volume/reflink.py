@@ -153,7 +153,7 @@ class ReflinkSubstrate:
         self._record(volume)
         folder = self._folder(volume) / "generations"
         found = [read_record(image.with_suffix(".json"), GenerationFacts) for image in self._whole(folder)]
-        return tuple(sorted(found, key=lambda facts: (facts.id.counter, facts.id.epoch, facts.id.nonce)))
+        return tuple(sorted(found, key=lambda facts: (facts.id.epoch, facts.id.counter, facts.id.nonce)))
 
     def take(self, volume: UUID, mount_point: Path | None, facts: GenerationFacts) -> float:
         """Make the operational volume's state under a freeze a generation; return the freeze in milliseconds.
