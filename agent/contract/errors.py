@@ -308,6 +308,12 @@ class PathRefused(LandfallError):
     code, exit_code, retry, fix = "path-refused", 55, Retry.OPERATOR, "Check the path, its permissions and the room on its filesystem."
 
 
+class ReplicaDiffers(LandfallError):
+    """The two nodes' copies of a generation are not equal, or one is not what its digest table says; the report names the files."""
+
+    code, exit_code, retry, fix = "replica-differs", 90, Retry.OPERATOR, "`landfall verify VOLUME --heal`, then look at the node's disk."
+
+
 def by_code() -> dict[str, type[LandfallError]]:
     """Return every error class by its code."""
 
