@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
+from agent.system.files import write_durably
+from mgmt.drill.course import Course
 from mgmt.drill.options import Options
-from mgmt.drill.scenario import Course
+from mgmt.report import LossStatement
+from mgmt.view import to_html, to_json
+
+
+def keep(folder: Path, statement: LossStatement) -> None:
+    """Write the loss statement below ``folder``, for programs and for people."""
+    write_durably(folder / "loss.json", to_json(statement).encode(), mode=0o644)
+    write_durably(folder / "report.html", to_html(statement).encode(), mode=0o644)
 
 
 def document(options: Options, course: Course) -> dict[str, Any]:
