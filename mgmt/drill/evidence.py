@@ -41,7 +41,7 @@ class Evidence:
     base: Path
     target: Path
     filesystem: FilesystemKind
-    result: Path
+    result: Path  # a mounted tree, or an image
     dmi: Path
     arrival: Path
     smb: str  # //host/share
@@ -83,3 +83,9 @@ def generations_equal(one: Path, other: Path) -> bool:
     """Whether two whole images are the same, by the checker."""
     argv = [sys.executable, "-m", "mgmt.drill.checker", "--generation-equal", str(one), str(other)]
     return run(argv, timeout_s=CHECK_LIMIT_S, ok=(0, 1)).status == 0
+
+
+def digests(image: Path, filesystem: FilesystemKind, out: Path) -> None:
+    """Have the checker write every file of a frozen image, with its attributes and digest, to ``out``."""
+    argv = [sys.executable, "-m", "mgmt.drill.checker", "--digests", str(image), "--filesystem", str(filesystem), "--out", str(out)]
+    run(argv, timeout_s=CHECK_LIMIT_S)

@@ -23,6 +23,8 @@ def document(options: Options, course: Course) -> dict[str, Any]:
     """Return report.json: what was asked, what died when, what became of the files, what the checker found."""
     statement, findings, facts = course.statement, course.findings, course.facts
     report: dict[str, Any] = {
+        "lab": str(options.lab),
+        "substrate": options.substrate,
         "fs": str(options.filesystem),
         "seed": options.seed,
         "kill": str(options.kill),
