@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from typing import Protocol
 
 from agent.contract.errors import DrillFailed
 from agent.system.clock import monotonic_s
 from mgmt.drill.stage import Advance
 from mgmt.drill.vm.machines import Machines
-from mgmt.drill.vm.plays import Playing
 
-NOTICE_LIMIT_S: Final = 300.0
+
+class Transfer(Protocol):
+    """The order to send, while it is carried out."""
+
+    @property
+    def under_way(self) -> bool:
+        """Whether it still is; waits a moment for its end."""
+
+    def finish(self) -> None:
+        """Return if it has ended as it should, raise what ended it otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +30,7 @@ class Death:
     at_s: float
 
 
-def kill_at(machines: Machines, node: str, goal_bytes: int, before: int, transfer: Playing, advance: Advance) -> Death:
+def kill_at(machines: Machines, node: str, goal_bytes: int, before: int, transfer: Transfer, advance: Advance) -> Death:
     """Return once the node is dead, which it is at the first look after ``goal_bytes`` have left it since it stood at ``before``.
 
     Bytes are counted outside the machine and are what passed its interface: the transfer, its acknowledgements, and the few that the

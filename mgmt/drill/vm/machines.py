@@ -5,7 +5,6 @@ Runs where the machines can be reached (``vagrant/host run``).
 
 from __future__ import annotations
 
-import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -52,21 +51,20 @@ class LibvirtMachines:
 
     def copy_out(self, node: str, argv: Sequence[str], to: Path) -> None:
         """See Machines. It travels compressed; if we die here, what is there of the file is overwritten by the next copy."""
-        packed = to.with_name(f"{to.name}.zst")
-        descriptor = os.open(packed, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        try:
-            # Without pipefail a command that fails would leave a short file that looks whole.
-            words = f"set -o pipefail; {shlex.join(argv)} | zstd -1 -q -c"
-            process = start(self._ssh(node, shlex.join(["bash", "-c", words])), stdout=descriptor)
+        packed, words = (to.with_name(to.name + suffix) for suffix in (".zst", ".words"))
+        # Without pipefail a command that fails would leave a short file that looks whole.
+        command = shlex.join(["bash", "-c", f"set -o pipefail; {shlex.join(argv)} | zstd -1 -q -c"])
+        with packed.open("wb") as output, words.open("wb") as errors:
+            process = start(self._ssh(node, command), stdout=output.fileno(), stderr=errors.fileno())
             try:
                 status = process.wait(COPY_LIMIT_S)
             finally:
                 process.kill()
                 process.wait()
-        finally:
-            os.close(descriptor)
         if status:
-            raise CommandFailed(f"copying out of {node} ended with status {status}", cause=shlex.join(argv))
+            cause = words.read_text("utf-8", "replace")[-1000:]
+            raise CommandFailed(f"`{shlex.join(argv)}` ended with status {status} on {node}", cause=cause)
+        words.unlink()
         _unpack(packed, to)
         packed.unlink()
 
