@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 from uuid import UUID, uuid4
 
 from agent.contract import messages as m
@@ -65,18 +66,11 @@ def list_volumes(site: Site) -> list[VolumeEntry]:
     return site.catalog.volumes()
 
 
-def set_volume(
-    site: Site, name: str, *, policy: Policy | None = None, priorities: tuple[tuple[str, int], ...] | None = None
-) -> VolumeEntry:
-    """Return the volume with what was given laid down for it; what is None stays."""
-    entry = site.catalog.volume(name)
-    changed = dataclasses.replace(
-        entry,
-        policy=entry.policy if policy is None else policy,
-        priorities=entry.priorities if priorities is None else priorities,
-    )
+def set_volume(site: Site, name: str, **changes: Any) -> VolumeEntry:
+    """Return the volume with ``changes``, fields of its entry, laid down for it; what is not among them stays."""
+    changed = dataclasses.replace(site.catalog.volume(name), **changes)
     site.catalog.set_volume(changed)
-    return site.catalog.volume(name)
+    return changed
 
 
 def serve(site: Site, name: str, *, node: str | None = None, declare_dead: bool = False) -> m.VolumeFacts:
