@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import click
 
 from agent.contract.messages import to_document
@@ -10,13 +12,14 @@ from mgmt.cli.place import Place, as_json_option, at_place, volume_argument
 
 @click.command()
 @click.option("--once", is_flag=True, help="One cycle, and what it began to its end.")
+@as_json_option
 @at_place
-def watch(place: Place, once: bool) -> None:
+def watch(place: Place, once: bool, as_json: bool) -> None:
     """Watch all volumes: replicate by schedule, go on with what broke off, say what is done and why."""
     from mgmt.watch.service import watch as serve
 
     with place.inside() as inventory:
-        serve(inventory, click.echo, once=once)
+        serve(inventory, (lambda sentence: click.echo(json.dumps({"said": sentence}))) if as_json else click.echo, once=once)
 
 
 @click.command()

@@ -68,9 +68,8 @@ def list_volumes(site: Site) -> list[VolumeEntry]:
 
 def set_volume(site: Site, name: str, **changes: Any) -> VolumeEntry:
     """Return the volume with ``changes``, fields of its entry, laid down for it; what is not among them stays."""
-    changed = dataclasses.replace(site.catalog.volume(name), **changes)
-    site.catalog.set_volume(changed)
-    return changed
+    site.catalog.set_volume(dataclasses.replace(site.catalog.volume(name), **changes))
+    return site.catalog.volume(name)
 
 
 def serve(site: Site, name: str, *, node: str | None = None, declare_dead: bool = False) -> m.VolumeFacts:
