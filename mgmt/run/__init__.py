@@ -6,6 +6,7 @@ notices       notifications fetched, stored, acknowledged
 retention     generations let go, and held
 replication   a generation, its differential, a transfer, resumed while both nodes live; discard
 standing      how a volume stands: both sides' facts, open transfers with their gauge
+verification  both copies of a generation compared, and made equal
 salvage       the evidence fetched, determined, the update instruction, the loss statement; undo
 """
 
@@ -16,9 +17,11 @@ from mgmt.run.salvage import Salvage, undo, verdicts
 from mgmt.run.salvage import salvage as salvage_volume
 from mgmt.run.site import Site, Teller
 from mgmt.run.standing import NodeView, Standing, gauge_of, standing
+from mgmt.run.verification import Damage, Verified, verify
 from mgmt.run.volumes import add_volume, list_volumes, serve, set_volume, unserve
 
 __all__ = [
+    "Damage",
     "NodeView",
     "Prepared",
     "Replicated",
@@ -26,6 +29,7 @@ __all__ = [
     "Site",
     "Standing",
     "Teller",
+    "Verified",
     "add_volume",
     "collect",
     "discard",
@@ -42,5 +46,6 @@ __all__ = [
     "undo",
     "unserve",
     "verdicts",
+    "verify",
     "wait_for_failure",
 ]
