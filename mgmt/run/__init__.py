@@ -3,7 +3,7 @@
 site          what operations work on: configuration, catalog, authority, the nodes
 volumes       add a volume, list, lay down its policy, serve it or stop
 notices       notifications fetched, stored, acknowledged
-retention     generations let go
+retention     generations let go, and held
 replication   a generation, its differential, a transfer, resumed while both nodes live; discard
 standing      how a volume stands: both sides' facts, open transfers with their gauge
 verification  both copies of a generation compared, and made equal
@@ -12,6 +12,7 @@ salvage       the evidence fetched, determined, the update instruction, the loss
 
 from mgmt.run.notices import collect, wait_for_failure
 from mgmt.run.replication import Prepared, Replicated, discard, prepare, replicate
+from mgmt.run.retention import hold, release_hold
 from mgmt.run.salvage import Salvage, undo, verdicts
 from mgmt.run.salvage import salvage as salvage_volume
 from mgmt.run.site import Site, Teller
@@ -33,8 +34,10 @@ __all__ = [
     "collect",
     "discard",
     "gauge_of",
+    "hold",
     "list_volumes",
     "prepare",
+    "release_hold",
     "replicate",
     "salvage_volume",
     "serve",
