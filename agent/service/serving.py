@@ -106,7 +106,7 @@ def facts_of(node: Node, record: VolumeRecord) -> m.VolumeFacts:
     generations = node.substrate.generations(record.id)
     serving = node.serving(record)
     mount_point = node.mount_point(record)
-    salvaged = m.newest(generations).kind is GenerationKind.SALVAGED
+    salvaged = bool(generations) and m.newest(generations).kind is GenerationKind.SALVAGED
     tenure = node.tenures.of(record.id)
     return m.VolumeFacts(
         record.id,

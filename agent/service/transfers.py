@@ -79,7 +79,9 @@ def recover(node: Node) -> None:
             transfer = node.store.load(number)
         except LandfallError:
             continue
-        if transfer.state is m.TransferState.BUILDING:
+        if transfer.state is m.TransferState.BUILDING or transfer.mends:
+            for kind in WorkspaceKind if transfer.mends else ():  # a mend that broke off is begun anew
+                node.substrate.discard(Workspace(transfer.base.volume, number, kind))
             node.store.discard(number)
         elif not transfer.sending and is_held(node, transfer.target):
             node.store.set_state(number, m.TransferState.COMMITTED)
@@ -127,7 +129,8 @@ def give_up(node: Node, transfer: TransferRecord, *, with_target: bool = True) -
     if transfer.state is m.TransferState.SALVAGED and node.record(transfer.target.volume).role is m.Role.SECONDARY:
         raise DeviceBusy("a salvage of this transfer is committed", fix="Undo the salvage first, or keep both.")
     if transfer.sending:
-        if with_target and transfer.state is not m.TransferState.COMMITTED and is_held(node, transfer.target):
+        is_left = transfer.state is not m.TransferState.COMMITTED and is_held(node, transfer.target)
+        if with_target and is_left and not transfer.mends:
             node.substrate.drop(transfer.target)
             forget(node.differential_state(transfer.target.volume), transfer.target)
     else:

@@ -6,10 +6,10 @@ by that many raw bytes (DMI and arrival record can be hundreds of megabytes). Ar
 noun; unknown or missing keys are refused on both sides. A class's docstring begins with its verb.
 
 node         who answers, its devices, its outbox
-generations  facts of them; take, drop, open, close
+generations  facts of them; take, drop, open, close; examine, digests, owners
 volumes      facts of them; create, admit, list
 serving      promote, serve, unserve, demote
-transfers    build, receive, send, list, fetch, discard
+transfers    build, mend, receive, send, list, fetch, discard
 salvages     update, undo
 wire         lines and documents
 """
@@ -21,9 +21,15 @@ from typing import Any, Final
 from agent.contract.messages.generations import (
     CloseGeneration,
     DropGeneration,
+    Examined,
+    ExamineGeneration,
+    FetchDigests,
+    FindOwners,
     GenerationFacts,
     Opened,
     OpenGeneration,
+    OwnedBlocks,
+    Owners,
     TakeGeneration,
     Taken,
     newest,
@@ -60,6 +66,7 @@ from agent.contract.messages.serving import (
 )
 from agent.contract.messages.transfers import (
     Blob,
+    BuildMend,
     BuildTransfer,
     Built,
     Differential,
@@ -82,6 +89,7 @@ from agent.contract.messages.volumes import (
     ListVolumes,
     ReplicaState,
     Role,
+    Unreadable,
     VolumeFacts,
     Volumes,
 )
@@ -95,6 +103,7 @@ __all__ = [
     "AcknowledgeOutbox",
     "AdmitReplica",
     "Blob",
+    "BuildMend",
     "BuildTransfer",
     "Built",
     "CloseGeneration",
@@ -108,9 +117,13 @@ __all__ = [
     "DiscardTransfer",
     "Done",
     "DropGeneration",
+    "ExamineGeneration",
+    "Examined",
     "FetchArrival",
+    "FetchDigests",
     "FetchDmi",
     "FileOutcome",
+    "FindOwners",
     "GenerationFacts",
     "Hello",
     "ListDevices",
@@ -123,6 +136,8 @@ __all__ = [
     "Opened",
     "Outbox",
     "Outcome",
+    "OwnedBlocks",
+    "Owners",
     "ProbePeer",
     "Probed",
     "Progress",
@@ -143,6 +158,7 @@ __all__ = [
     "TransferState",
     "Transfers",
     "UndoSalvage",
+    "Unreadable",
     "UpdateInstruction",
     "VolumeFacts",
     "Volumes",
@@ -167,7 +183,11 @@ VERBS: Final[dict[str, tuple[type[Any], type[Any]]]] = {
     "generation.drop": (DropGeneration, Done),
     "generation.open": (OpenGeneration, Opened),
     "generation.close": (CloseGeneration, Done),
+    "generation.examine": (ExamineGeneration, Examined),
+    "generation.digests": (FetchDigests, Blob),
+    "generation.owners": (FindOwners, Owners),
     "transfer.build": (BuildTransfer, Built),
+    "transfer.mend": (BuildMend, Built),
     "transfer.receive": (ReceiveTransfer, Listening),
     "transfer.send": (SendTransfer, Sent),
     "transfer.list": (ListTransfers, Transfers),

@@ -58,6 +58,15 @@ class TlsMaterial:
 
 
 @dataclass(frozen=True, slots=True)
+class BuildMend:
+    """transfer.mend: make the DMI that brings these runs of a generation to a node that holds the generation with other content there."""
+
+    transfer: UUID
+    generation: GenerationId
+    runs: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class BuildTransfer:
     """transfer.build: make the DMI from base to target (NAS 1). Priorities are (path prefix, higher is earlier)."""
 
@@ -78,7 +87,11 @@ class Built:
 
 @dataclass(frozen=True, slots=True)
 class ReceiveTransfer:
-    """transfer.receive: open the data port for one transfer and one peer (NAS 2). Resumes if the transfer is known."""
+    """transfer.receive: open the data port for one transfer and one peer (NAS 2). Resumes if the transfer is known.
+
+    ``mends``: the target is held here with damaged blocks. The base is g0; what comes replaces these blocks in a clone of the target,
+    which then takes the target's place in one step.
+    """
 
     transfer: UUID
     base: GenerationId
@@ -88,6 +101,7 @@ class ReceiveTransfer:
     token: str = field(repr=False)
     tls: TlsMaterial
     silence_limit_s: float = 10.0
+    mends: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,5 +72,17 @@ class ListVolumes:
 
 
 @dataclass(frozen=True, slots=True)
+class Unreadable:
+    """A record of a volume or a generation that cannot be read, and why; it was left as it is, and hides nothing else."""
+
+    volume: UUID | None  # None: even that is not known
+    where: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Volumes:
+    """Answer to volume.list: what is held here, and what cannot be read of it."""
+
     volumes: tuple[VolumeFacts, ...]
+    unreadable: tuple[Unreadable, ...] = ()
