@@ -2,9 +2,10 @@
 # Brings a Debian or Ubuntu machine to where Landfall's lab and tests run: kernel features, system packages,
 # and the locked virtual environment in build/venv. Run again, it skips what is there.
 #
-#   setup.sh [--bench] [--guest] [--venv-only]
+#   setup.sh [--bench] [--guest] [--vm] [--venv-only]
 #
-# --bench adds the peers of the benchmarks; --guest the guest that has device-mapper, and LVM; --venv-only makes the virtual environment alone, for which root is not needed.
+# --bench adds the peers of the benchmarks; --guest the guest that has device-mapper, and LVM; --vm what the VM lab runs on (vagrant/README.md);
+# --venv-only makes the virtual environment alone, for which root is not needed.
 # Exit status 2 means that this machine cannot run the lab as it is; the one sentence printed says how to mend it.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -12,13 +13,14 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 say() { printf 'landfall: %s\n' "$*" >&2; }
 refuse() { say "$*"; exit 2; }
 
-bench=no guest=no venv_only=no
+bench=no guest=no vm=no venv_only=no
 for argument in "$@"; do
     case "$argument" in
         --bench) bench=yes ;;
         --guest) guest=yes ;;
+        --vm) vm=yes ;;
         --venv-only) venv_only=yes ;;
-        *) refuse "unknown argument $argument; use --bench, --guest or --venv-only." ;;
+        *) refuse "unknown argument $argument; use --bench, --guest, --vm or --venv-only." ;;
     esac
 done
 
@@ -26,6 +28,8 @@ lab_packages=(samba smbclient openssh-server openssh-client xfsprogs btrfs-progs
     util-linux mount)
 bench_packages=(fio qemu-utils libnbd-bin nbdkit)
 guest_packages=(user-mode-linux lvm2 thin-provisioning-tools kmod iproute2)
+vm_packages=(vagrant vagrant-libvirt libvirt-daemon libvirt-daemon-system libvirt-clients qemu-system-x86 qemu-utils dnsmasq-base
+    iptables mmdebstrap debian-archive-keyring busybox-static cpio grub-common grub-pc-bin fdisk kmod openssh-client smbclient zstd)
 venv=build/venv
 
 check_kernel() {
@@ -123,6 +127,7 @@ if [ "$venv_only" = no ]; then
     wanted_packages=("${lab_packages[@]}")
     [ "$bench" = no ] || wanted_packages+=("${bench_packages[@]}")
     [ "$guest" = no ] || wanted_packages+=("${guest_packages[@]}")
+    [ "$vm" = no ] || wanted_packages+=("${vm_packages[@]}")
     mapfile -t missing < <(missing_packages "${wanted_packages[@]}")
     [ ${#missing[@]} = 0 ] || install_packages "${missing[@]}"
 fi
