@@ -245,6 +245,12 @@ class VerifyFailed(LandfallError):
     code, exit_code, retry, fix = "verify-failed", 47, Retry.LATER, "Check the disk of the node; then run it again."
 
 
+class ReplicaDiffers(LandfallError):
+    """The two nodes' copies of a generation are not equal, or one is not what its digest table says; the report names the files."""
+
+    code, exit_code, retry, fix = "replica-differs", 90, Retry.OPERATOR, "`landfall verify VOLUME --heal`, then look at the node's disk."
+
+
 class FailpointHit(LandfallError):
     """A failpoint that a test armed raised here."""
 
@@ -306,6 +312,28 @@ class PathRefused(LandfallError):
     """The operating system refused a file or folder of this machine: it is missing, of another kind, not ours to write, or full."""
 
     code, exit_code, retry, fix = "path-refused", 55, Retry.OPERATOR, "Check the path, its permissions and the room on its filesystem."
+
+
+class FenceMissing(LandfallError):
+    """No fence is configured for a node, so nothing can prove that it does not write any more. Nothing was changed."""
+
+    code, exit_code, retry, fix = (
+        "fence-missing",
+        80,
+        Retry.OPERATOR,
+        "Give the node a `fence` in landfall.toml (`manual` asks you), or `--force`, which is recorded as a split brain.",
+    )
+
+
+class FenceUnproved(LandfallError):
+    """The fence of a node gave no proof that it cannot write any more; its exit code and words are in the cause. Nothing was promoted."""
+
+    code, exit_code, retry, fix = (
+        "fence-unproved",
+        81,
+        Retry.OPERATOR,
+        "Switch the node off and run it again; `--force` promotes without proof and is recorded as a split brain.",
+    )
 
 
 def by_code() -> dict[str, type[LandfallError]]:
