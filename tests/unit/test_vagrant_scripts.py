@@ -24,9 +24,8 @@ def checkout(tmp_path: Path) -> Path:
 
 def run(checkout: Path, script: str, *arguments: str, path: str | None = None) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PATH": path or os.environ["PATH"]}
-    return subprocess.run(
-        ["/bin/bash", f"vagrant/{script}", *arguments], cwd=checkout, env=environment, capture_output=True, text=True, timeout=120
-    )
+    argv = ["/bin/bash", f"vagrant/{script}", *arguments]
+    return subprocess.run(argv, check=False, cwd=checkout, env=environment, capture_output=True, text=True, timeout=120)
 
 
 def refused(result: subprocess.CompletedProcess[str], status: int, *words: str) -> None:
