@@ -12,16 +12,19 @@ salvages     update, undo
 outbox       notifications kept for the management node
 devices      what block devices there are
 show         a DMI in words
+metrics      a file for Prometheus
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from agent.config import Config
 from agent.contract import messages as m
 from agent.service import devices, generations, mending, receiving, salvages, sending, transfers, verification, volumes
+from agent.service.metrics import TextFile
 from agent.service.node import Node, ProgressCall
 
 HANDLERS: dict[type[Any], Callable[[Node, Any, ProgressCall], Any]] = {
@@ -62,12 +65,15 @@ class Service:
         if set(HANDLERS) != {arguments for arguments, _ in m.VERBS.values()}:
             raise RuntimeError("a verb has no handler")
         self._node = Node(config)
+        self._metrics: TextFile | None = None
 
     def recover(self) -> None:
         """Finish or sweep what the last run of the agent left half done."""
         self._node.recover()
         transfers.recover(self._node)
         salvages.recover(self._node)
+        if self._node.config.metrics_textfile:
+            self._metrics = TextFile(self._node, Path(self._node.config.metrics_textfile))
 
     def handle(self, arguments: Any, progress: ProgressCall) -> Any:
         """Return the answer to a request: the verb's result, or bytes for a blob."""
@@ -75,6 +81,8 @@ class Service:
 
     def close(self) -> None:
         """End what runs in the background; transfers stay resumable."""
+        if self._metrics is not None:
+            self._metrics.close()
         self._node.close()
 
 
