@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from agent.contract import messages as m
-from agent.contract.errors import DeviceBusy, NoSuchGeneration, VolumeExists
+from agent.contract.errors import DeviceBusy, LandfallError, NoSuchGeneration, VolumeExists
 from agent.contract.identity import GenerationKind, volume_name
 from agent.service.node import Node, ProgressCall
 from agent.serving.samba import Share
@@ -67,8 +67,14 @@ def admit(node: Node, arguments: m.AdmitReplica, progress: ProgressCall) -> m.Vo
 
 
 def list_volumes(node: Node, arguments: m.ListVolumes, progress: ProgressCall) -> m.Volumes:
-    """Return every volume of this node with its generations."""
-    return m.Volumes(tuple(facts_of(node, record) for record in node.substrate.volumes()))
+    """Return every volume of this node with its generations, and what cannot be read: it hides nothing else."""
+    found, unreadable = [], list(node.substrate.unreadable())
+    for record in node.substrate.volumes():
+        try:
+            found.append(facts_of(node, record))
+        except (LandfallError, OSError) as error:
+            unreadable.append(m.Unreadable(record.id, f"volume {record.name}", str(error)))
+    return m.Volumes(tuple(found), tuple(unreadable))
 
 
 def serve(node: Node, arguments: m.ServeVolume, progress: ProgressCall) -> m.VolumeFacts:
@@ -110,7 +116,7 @@ def facts_of(node: Node, record: VolumeRecord) -> m.VolumeFacts:
     generations = node.substrate.generations(record.id)
     serving = node.serving(record)
     mount_point = node.mount_point(record)
-    salvaged = generations[-1].kind is GenerationKind.SALVAGED
+    salvaged = bool(generations) and generations[-1].kind is GenerationKind.SALVAGED
     return m.VolumeFacts(
         record.id,
         record.name,

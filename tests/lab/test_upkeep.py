@@ -1,4 +1,4 @@
-"""Upkeep in a lab: copies compared and mended."""
+"""Upkeep in a lab: copies compared and mended, records that cannot be read."""
 
 from __future__ import annotations
 
@@ -176,3 +176,42 @@ def test_a_generation_that_is_not_on_both_is_refused(lab: Lab) -> None:
         managed(lab, lambda site: run.verify(site, "never"))
     with pytest.raises(RequestRefused):
         managed(lab, lambda site: run.verify(site, "never", trust="nas3"))
+
+
+def test_B12_one_record_that_cannot_be_read_is_told_and_hides_nothing(lab: Lab) -> None:
+    root, _ = made(lab, "readable"), made(lab, "other")
+    write(lab, root, "file", b"content")
+    older, newest = replicated(lab, "readable"), replicated(lab, "readable")
+    record = image(older).replace(".img", ".json")
+    start_program(lifecycle.inside(lab, NAS2, ["truncate", "-s", "20", record]))
+    (told,) = json.loads(command(lab, "status", "readable", "--json"))
+    assert [found["where"] for found in told["secondary"]["unreadable"]] == [record]
+    assert [facts["id"]["counter"] for facts in told["secondary"]["facts"]["generations"]] == [0, newest.counter]
+    assert record in command(lab, "status", "readable")
+    (other,) = json.loads(command(lab, "status", "other", "--json"))
+    assert other["secondary"]["unreadable"] == []
+    replicated(lab, "readable")
+    replicated(lab, "other")
+    start_program(lifecycle.inside(lab, NAS2, ["truncate", "-s", "20", str(Path(record).parents[1] / "volume.json")]))
+    (told,) = json.loads(command(lab, "status", "readable", "--json"))
+    assert told["secondary"]["facts"] is None
+    assert "cannot be read" in told["secondary"]["problem"]
+    replicated(lab, "other")
+
+
+def test_check_says_ok_of_a_lab_in_order_and_fails_with_its_node(lab: Lab) -> None:
+    made(lab, "checked")
+    replicated(lab, "checked")
+    found = json.loads(command(lab, "check", "checked", "--json"))
+    amiss = {(said["subject"], said["what"]): said["said"] for said in found["findings"] if said["state"] != "OK"}
+    assert set(amiss) <= {(NAS1, "fence"), (NAS2, "fence"), (NAS1, "clock"), (NAS2, "clock")}, amiss
+    ways = [said["said"] for said in found["findings"] if said["what"] == "network"]
+    assert len(ways) == 2
+    assert all("MTU 1500" in said for said in ways)
+    assert "checked" in next(said["said"] for said in found["findings"] if said["what"] == "SMB")
+    lifecycle.kill(lab, NAS2)
+    try:
+        found = json.loads(command(lab, "check", "--json", expect=91))
+        assert [said["subject"] for said in found["findings"] if said["state"] == "FAILED"] == [NAS2]
+    finally:
+        lifecycle.start_node(lab, NAS2)

@@ -30,6 +30,7 @@ class World:
         self.broken = False
         substrate = SimpleNamespace(
             volumes=lambda: tuple(self.records.values()),
+            unreadable=lambda: (),
             create=lambda record: self.records.update({record.id: record}),
             remove=self.records.pop,
             operational=self.operational,
