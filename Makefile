@@ -44,4 +44,5 @@ lock:
 
 clean:
 	@if [ -x $(BIN)/landfall ] && [ "$$(id -u)" = 0 ]; then $(BIN)/landfall lab down; fi
+	@if [ -d build/vm ]; then vagrant/lab down; fi
 	rm -rf build *.egg-info
