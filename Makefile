@@ -7,10 +7,10 @@ ARGS ?=
 drill: setup
 	$(BIN)/landfall drill $(ARGS)
 
-# In a mount namespace of its own: nothing else on the machine can keep a test's filesystem busy, and whatever a killed test leaves goes with it.
+# ARGS are pytest's, as in `make test ARGS="-k E25"`.
 test:
 	@bash packaging/setup.sh --test
-	unshare --mount --propagation private $(BIN)/python -m pytest tests/unit tests/storage tests/lab tests/faults $(ARGS)
+	$(BIN)/python -m tests $(ARGS)
 
 # What needs device-mapper, in a guest that has it: see tests/guest. Takes minutes; a second argument selects, as in ARGS="-k E25".
 VM_TESTS := tests/storage/test_volume_lvm_pool.py tests/storage/test_recovery_lvm_thin.py tests/storage/test_volume_lvm_thin.py
