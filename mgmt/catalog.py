@@ -14,13 +14,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 from uuid import UUID
 
 from agent.contract.errors import ConfigInvalid, NoSuchTransfer, NoSuchVolume, VersionUnknown, VolumeExists
 from agent.contract.identity import FilesystemKind, GenerationId
 from agent.contract.messages import Deletions, Differential, Notification, from_document, to_document
 from mgmt.determination import AtomicSet, Policy
+from mgmt.keep import Keep
 from mgmt.report import LossStatement
 from mgmt.view import from_json, to_json
 
@@ -52,6 +53,21 @@ MIGRATIONS: Final = (
         statement TEXT NOT NULL, undone_ns INTEGER
     ) STRICT;
     """,
+    """
+    ALTER TABLE volume ADD COLUMN epoch INTEGER NOT NULL DEFAULT 1;
+    ALTER TABLE volume ADD COLUMN address TEXT NOT NULL DEFAULT '';
+    ALTER TABLE volume ADD COLUMN schedule TEXT NOT NULL DEFAULT '';
+    ALTER TABLE volume ADD COLUMN keep TEXT NOT NULL DEFAULT '';
+    CREATE TABLE hold (
+        volume TEXT NOT NULL REFERENCES volume ON DELETE CASCADE, generation TEXT NOT NULL, reason TEXT NOT NULL, at_ns INTEGER NOT NULL,
+        PRIMARY KEY (volume, generation)
+    ) STRICT;
+    CREATE TABLE history (
+        number INTEGER PRIMARY KEY, volume TEXT NOT NULL, kind TEXT NOT NULL, sentence TEXT NOT NULL, facts TEXT NOT NULL,
+        at_ns INTEGER NOT NULL, last_ns INTEGER NOT NULL, times INTEGER NOT NULL DEFAULT 1
+    ) STRICT;
+    CREATE INDEX history_of_volume ON history (volume, number);
+    """,
 )
 """Each takes the catalog from the version that is its index to the next."""
 
@@ -68,6 +84,32 @@ class VolumeEntry:
     size_bytes: int
     policy: Policy = field(default_factory=Policy)
     priorities: tuple[tuple[str, int], ...] = ()  # (path prefix, higher is earlier)
+    epoch: int = 1  # the highest that an agent was seen with
+    address: str = ""  # where clients find it, such as 192.0.2.100/24
+    schedule: str = ""  # when it is replicated, in systemd's calendar syntax; empty: when somebody says so
+    keep: Keep = field(default_factory=Keep)
+
+
+@dataclass(frozen=True, slots=True)
+class HistoryEntry:
+    """Something that was done for a volume, or not done, in one sentence. Said again and again, it is one entry of many ``times``."""
+
+    volume: UUID
+    kind: str  # cycle, failover, failback, drill ...
+    sentence: str
+    facts: dict[str, Any]
+    at_ns: int
+    last_ns: int
+    times: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """A generation that retention must not let go, and why."""
+
+    generation: str  # its name
+    reason: str
+    at_ns: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,15 +174,14 @@ class Catalog:
         row = (str(entry.id), entry.name, entry.primary, entry.secondary, entry.filesystem.value, entry.size_bytes)
         try:
             with self._change() as db:
-                db.execute("INSERT INTO volume VALUES (?, ?, ?, ?, ?, ?, ?)", (*row, entry.policy.deletions.value))
+                db.execute("INSERT INTO volume VALUES (?, ?, ?, ?, ?, ?, '', 1, '', '', '')", row)
                 self._set_rules(db, entry)
         except sqlite3.IntegrityError as error:
             raise VolumeExists(f"there is a volume {entry.name} already") from error
 
     def set_volume(self, entry: VolumeEntry) -> None:
-        """Replace the policy and priorities of a volume."""
+        """Replace all that is recorded of a volume but its identity, filesystem and size."""
         with self._change() as db:
-            db.execute("UPDATE volume SET deletions = ? WHERE id = ?", (entry.policy.deletions.value, str(entry.id)))
             for table in ("priority", "atomic_set"):
                 db.execute(f"DELETE FROM {table} WHERE volume = ?", (str(entry.id),))  # noqa: S608 - a name of ours
             self._set_rules(db, entry)
@@ -161,8 +202,8 @@ class Catalog:
         """Return all volumes by name."""
         return [self._volume(row) for row in self._db.execute("SELECT * FROM volume ORDER BY name").fetchall()]
 
-    def _volume(self, row: tuple[str, str, str, str, str, int, str]) -> VolumeEntry:
-        number, name, primary, secondary, filesystem, size_bytes, deletions = row
+    def _volume(self, row: tuple[str, str, str, str, str, int, str, int, str, str, str]) -> VolumeEntry:
+        number, name, primary, secondary, filesystem, size_bytes, deletions, epoch, address, schedule, keep = row
         priorities = self._db.execute("SELECT prefix, level FROM priority WHERE volume = ? ORDER BY level DESC, prefix", (number,))
         patterns: dict[str, list[str]] = {}
         for atomic, pattern in self._db.execute("SELECT name, pattern FROM atomic_set WHERE volume = ? ORDER BY name, pattern", (number,)):
@@ -177,14 +218,73 @@ class Catalog:
             size_bytes,
             Policy(Deletions(deletions), sets),
             tuple((_text(prefix), level) for prefix, level in priorities),
+            epoch,
+            address,
+            schedule,
+            Keep.parse(keep),
         )
 
     @staticmethod
     def _set_rules(db: sqlite3.Connection, entry: VolumeEntry) -> None:
         number = str(entry.id)
+        laid_down = {
+            "primary_node": entry.primary,
+            "secondary_node": entry.secondary,
+            "deletions": entry.policy.deletions.value,
+            "epoch": entry.epoch,
+            "address": entry.address,
+            "schedule": entry.schedule,
+            "keep": str(entry.keep),
+        }
+        columns = ", ".join(f"{column} = ?" for column in laid_down)
+        db.execute(f"UPDATE volume SET {columns} WHERE id = ?", (*laid_down.values(), number))  # noqa: S608 - names of ours
         db.executemany("INSERT INTO priority VALUES (?, ?, ?)", [(number, _stored(prefix), level) for prefix, level in entry.priorities])
         rows = [(number, _stored(atomic.name), _stored(pattern)) for atomic in entry.policy.atomic_sets for pattern in atomic.patterns]
         db.executemany("INSERT OR IGNORE INTO atomic_set VALUES (?, ?, ?)", rows)
+
+    # --- holds ---
+
+    def hold(self, volume: UUID, held: Hold) -> None:
+        """Record that a generation is not to be let go; said again, the new reason counts."""
+        with self._change() as db:
+            db.execute("INSERT OR REPLACE INTO hold VALUES (?, ?, ?, ?)", (str(volume), held.generation, held.reason, held.at_ns))
+
+    def release(self, volume: UUID, generation: str) -> bool:
+        """Forget a hold; whether there was one."""
+        with self._change() as db:
+            return bool(db.execute("DELETE FROM hold WHERE volume = ? AND generation = ?", (str(volume), generation)).rowcount)
+
+    def holds(self, volume: UUID) -> list[Hold]:
+        """Return the holds of a volume by generation."""
+        rows = self._db.execute("SELECT generation, reason, at_ns FROM hold WHERE volume = ? ORDER BY generation", (str(volume),))
+        return [Hold(*row) for row in rows]
+
+    # --- history ---
+
+    def note(self, volume: UUID, kind: str, sentence: str, at_ns: int, facts: dict[str, Any] | None = None) -> None:
+        """Add to a volume's history; what its newest entry of this kind says already is counted there."""
+        document = json.dumps(facts or {}, sort_keys=True)
+        with self._change() as db:
+            newest = db.execute(
+                "SELECT number, sentence, facts FROM history WHERE volume = ? AND kind = ? ORDER BY number DESC LIMIT 1",
+                (str(volume), kind),
+            ).fetchone()
+            if newest is not None and newest[1:] == (sentence, document):
+                db.execute("UPDATE history SET last_ns = ?, times = times + 1 WHERE number = ?", (at_ns, newest[0]))
+            else:
+                row = (str(volume), kind, sentence, document, at_ns, at_ns)
+                db.execute("INSERT INTO history (volume, kind, sentence, facts, at_ns, last_ns) VALUES (?, ?, ?, ?, ?, ?)", row)
+
+    def history(self, volume: UUID, *, kind: str | None = None, newest: int = 100) -> list[HistoryEntry]:
+        """Return the newest entries of a volume's history, oldest first."""
+        rows = self._db.execute(
+            "SELECT volume, kind, sentence, facts, at_ns, last_ns, times FROM history "
+            "WHERE volume = ?1 AND (?2 IS NULL OR kind = ?2) ORDER BY number DESC LIMIT ?3",
+            (str(volume), kind, newest),
+        ).fetchall()
+        return [
+            HistoryEntry(UUID(about), said, sentence, json.loads(facts), *when) for about, said, sentence, facts, *when in reversed(rows)
+        ]
 
     # --- transfers ---
 

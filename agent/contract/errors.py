@@ -308,6 +308,28 @@ class PathRefused(LandfallError):
     code, exit_code, retry, fix = "path-refused", 55, Retry.OPERATOR, "Check the path, its permissions and the room on its filesystem."
 
 
+class FenceMissing(LandfallError):
+    """No fence is configured for a node, so nothing can prove that it does not write any more. Nothing was changed."""
+
+    code, exit_code, retry, fix = (
+        "fence-missing",
+        80,
+        Retry.OPERATOR,
+        "Give the node a `fence` in landfall.toml (`manual` asks you), or `--force`, which is recorded as a split brain.",
+    )
+
+
+class FenceUnproved(LandfallError):
+    """The fence of a node gave no proof that it cannot write any more; its exit code and words are in the cause. Nothing was promoted."""
+
+    code, exit_code, retry, fix = (
+        "fence-unproved",
+        81,
+        Retry.OPERATOR,
+        "Switch the node off and run it again; `--force` promotes without proof and is recorded as a split brain.",
+    )
+
+
 def by_code() -> dict[str, type[LandfallError]]:
     """Return every error class by its code."""
 

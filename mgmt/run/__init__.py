@@ -10,7 +10,7 @@ salvage       the evidence fetched, determined, the update instruction, the loss
 """
 
 from mgmt.run.notices import collect, wait_for_failure
-from mgmt.run.replication import Replicated, discard, replicate
+from mgmt.run.replication import Prepared, Replicated, discard, prepare, replicate
 from mgmt.run.salvage import Salvage, undo, verdicts
 from mgmt.run.salvage import salvage as salvage_volume
 from mgmt.run.site import Site, Teller
@@ -19,6 +19,7 @@ from mgmt.run.volumes import add_volume, list_volumes, serve, set_volume, unserv
 
 __all__ = [
     "NodeView",
+    "Prepared",
     "Replicated",
     "Salvage",
     "Site",
@@ -29,6 +30,7 @@ __all__ = [
     "discard",
     "gauge_of",
     "list_volumes",
+    "prepare",
     "replicate",
     "salvage_volume",
     "serve",

@@ -1,5 +1,7 @@
 """Replication: a generation, the differential to what both nodes hold, and a transfer that resumes while both live.
 
+``prepare`` stops before the first byte is sent, ``replicate`` goes on from there, or does both.
+
 What there is to resume is asked of the agents, never read from the catalog. A transfer whose target the primary still holds is
 continued; only what the arrival record lacks is sent.
 """
@@ -48,15 +50,15 @@ class Replicated:
 
 
 @dataclass(frozen=True, slots=True)
-class _Order:
-    """What is to be transferred."""
+class Prepared:
+    """What is to be transferred: both generations are on the primary, and so is the differential between them."""
 
     transfer: UUID
     base: GenerationId
     target: GenerationId
-    resumed: bool
-    frozen_ms: float
-    built: m.Built | None
+    resumed: bool  # it had been prepared or begun before this order
+    frozen_ms: float  # 0 where no generation was taken
+    built: m.Built | None  # None where the differential was there already
 
 
 def direct(address: str, port: int) -> tuple[str, int]:
@@ -83,7 +85,7 @@ def replicate(
     """
     begun = monotonic_s()
     entry = site.catalog.volume(name)
-    order = _continued(site, entry) or _ordered(site, entry, differential, tell)
+    order = _prepared(site, entry, differential, tell)
     record = TransferEntry(order.transfer, entry.id, order.base, order.target, differential, wall_ns())
     site.catalog.begin_transfer(record)
     if on_order is not None:
@@ -120,6 +122,16 @@ def replicate(
         sent,
         monotonic_s() - begun,
     )
+
+
+def prepare(site: Site, name: str, *, differential: m.Differential = m.Differential.VERIFY, tell: Teller = nobody) -> Prepared:
+    """Return the transfer that the next ``replicate`` sends; nothing is sent now. What is there to go on with is returned as it is.
+
+    If we die here, the primary holds a generation that is of no transfer, or a transfer that waits: the next order goes on with the one,
+    and ``discard`` or the next commit lets go of the other.
+    """
+    entry = site.catalog.volume(name)
+    return _prepared(site, entry, differential, tell)
 
 
 def discard(site: Site, name: str, transfer: UUID | None = None) -> list[tuple[UUID, str]]:
@@ -174,7 +186,11 @@ def _discard_overtaken(site: Site, entry: VolumeEntry, committed: GenerationId) 
                     site.catalog.mark_handled(facts.id)
 
 
-def _continued(site: Site, entry: VolumeEntry) -> _Order | None:
+def _prepared(site: Site, entry: VolumeEntry, differential: m.Differential, tell: Teller) -> Prepared:
+    return _continued(site, entry) or _ordered(site, entry, differential, tell)
+
+
+def _continued(site: Site, entry: VolumeEntry) -> Prepared | None:
     """Return the transfer that the primary can go on with, newest first; None if there is none."""
     primary, secondary = site.node(entry.primary), site.node(entry.secondary)
     here = {facts.id for facts in facts_of(secondary, entry.id).generations} | {empty_generation(entry.id)}
@@ -196,7 +212,7 @@ def _continued(site: Site, entry: VolumeEntry) -> _Order | None:
     for facts in sorted(sending, key=lambda found: found.target.counter, reverse=True):
         ready = facts.state in OPEN_STATES - {m.TransferState.BUILDING}
         if ready and facts.id in (unfinished or {facts.id}) and facts.target in there and facts.base in here and facts.target not in here:
-            return _Order(facts.id, facts.base, facts.target, True, 0.0, None)
+            return Prepared(facts.id, facts.base, facts.target, True, 0.0, None)
     if unfinished:
         raise TransferBusy(
             f"{entry.secondary} holds a part of transfer {min(unfinished)}, which {entry.primary} cannot go on with",
@@ -205,7 +221,7 @@ def _continued(site: Site, entry: VolumeEntry) -> _Order | None:
     return None
 
 
-def _ordered(site: Site, entry: VolumeEntry, differential: m.Differential, tell: Teller) -> _Order:
+def _ordered(site: Site, entry: VolumeEntry, differential: m.Differential, tell: Teller) -> Prepared:
     """Return a new transfer: the newest generation both nodes hold to one that is taken now."""
     primary, secondary = site.node(entry.primary), site.node(entry.secondary)
     taken = primary.ask(m.TakeGeneration(entry.id))
@@ -224,7 +240,7 @@ def _ordered(site: Site, entry: VolumeEntry, differential: m.Differential, tell:
         with contextlib.suppress(LandfallError):
             primary.ask(m.DropGeneration(target))
         raise
-    return _Order(transfer, base, target, False, taken.frozen_ms, built)
+    return Prepared(transfer, base, target, False, taken.frozen_ms, built)
 
 
 def newest_common(primary: m.VolumeFacts, secondary: m.VolumeFacts) -> GenerationId:
@@ -238,7 +254,7 @@ def newest_common(primary: m.VolumeFacts, secondary: m.VolumeFacts) -> Generatio
 class _Session:
     site: Site
     entry: VolumeEntry
-    order: _Order
+    order: Prepared
     differential: m.Differential
     streams: int
     rate_limit_bytes_s: int

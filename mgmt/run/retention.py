@@ -1,6 +1,6 @@
-"""Retention: how many generations each node keeps. Only the management node lets one go; a source cannot, nor can a transfer.
+"""Retention: which generations each node keeps. Only the management node lets one go; a source cannot, nor can a transfer.
 
-What a salvage made is never let go here, nor the empty generation, nor what an open transfer needs.
+What a salvage made is never let go here, nor the empty generation, nor what somebody holds, nor what an open transfer needs.
 """
 
 from __future__ import annotations
@@ -11,14 +11,18 @@ from agent.contract import messages as m
 from agent.contract.errors import DeviceBusy, NodeUnreachable, TransferBusy
 from agent.contract.identity import GenerationId, GenerationKind
 from mgmt.catalog import VolumeEntry
+from mgmt.keep import Keep, let_go
 from mgmt.run.site import Site
 from mgmt.run.volumes import facts_of
+
+LEAST = 2
+"""A base and a target."""
 
 KEPT_KINDS = frozenset({GenerationKind.EMPTY, GenerationKind.SALVAGED})
 
 
 def retain(site: Site, entry: VolumeEntry) -> list[GenerationId]:
-    """Return the generations let go: on each node all but the newest ``keep_generations``.
+    """Return the generations let go: on each node those that neither the volume's rule nor a hold keeps.
 
     A node that does not answer or is busy keeps what it has until the next time.
     """
@@ -31,8 +35,10 @@ def retain(site: Site, entry: VolumeEntry) -> list[GenerationId]:
 
 def _retain_on(site: Site, entry: VolumeEntry, name: str) -> list[GenerationId]:
     node, gone = site.node(name), []
-    held = [facts.id for facts in facts_of(node, entry.id).generations if facts.kind not in KEPT_KINDS]
-    excess = sorted(held, key=lambda found: (found.epoch, found.counter))[: -site.inventory.keep_generations]
+    held = [(facts.id, facts.taken_ns) for facts in facts_of(node, entry.id).generations if facts.kind not in KEPT_KINDS]
+    keep = entry.keep if entry.keep != Keep() else Keep(last=site.inventory.keep_generations)
+    holds = {hold.generation for hold in site.catalog.holds(entry.id)}
+    excess = [generation for generation in let_go(held, keep, LEAST) if generation.name not in holds]
     if not excess:
         return []
     committed = [facts for facts in node.ask(m.ListTransfers()).transfers if facts.volume == entry.id]

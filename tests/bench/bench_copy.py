@@ -1,18 +1,22 @@
-"""The copy path beside dd, qemu-img and nbdcopy, from loop device to loop device, all past the page cache.
+"""The copy path beside dd, qemu-img, nbdcopy and a bare probe, from loop device to loop device, all past the page cache.
 
 ``python -m tests.bench.bench_copy [--size-mib 2048] [--rounds 5]``: in each round every tool copies once, in turn, so that what else the
 machine does hits all of them alike. Reported are the medians and the ratios to each peer. Root; needs qemu-utils and libnbd-bin, and
-leaves out what is not installed.
+leaves out what is not installed. The probe is the least that copies in parallel, no digest, no lock, no error handling: what the device
+and Python allow.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import mmap
+import os
 import shutil
 import statistics
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -89,7 +93,28 @@ def copiers(source: Path, target: Path) -> dict[str, Callable[[], object] | None
             "qemu-img", "convert", "-n", "-W", "-m", "8", "-t", "none", "-T", "none", "-f", "raw", "-O", "raw", str(source), str(target)
         ),
         "nbdcopy": program("nbdcopy", "--flush", "--requests=8", "--threads=2", str(source), str(target)),
+        "probe": lambda: probe(source, target),
     }
+
+
+def probe(source: Path, target: Path, workers: int = 4, chunk_bytes: int = 4 << 20) -> None:
+    """Copy with ``workers`` threads, each every ``workers``-th chunk."""
+    reading, writing = os.open(source, os.O_RDONLY | os.O_DIRECT), os.open(target, os.O_WRONLY | os.O_DIRECT)
+    size_bytes = os.lseek(reading, 0, os.SEEK_END)
+
+    def work(number: int) -> None:
+        buffer = memoryview(mmap.mmap(-1, chunk_bytes))
+        for at in range(number * chunk_bytes, size_bytes, workers * chunk_bytes):
+            os.pwrite(writing, buffer[: os.preadv(reading, [buffer], at)], at)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(workers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    os.fdatasync(writing)
+    os.close(reading)
+    os.close(writing)
 
 
 def make(image: Path, size_mib: int) -> Path:

@@ -11,6 +11,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from uuid import UUID
 
 import pytest
 
@@ -82,6 +83,7 @@ def test_A_the_primary_dies_in_the_middle_and_every_whole_file_is_recovered(lab:
     name = f"v-{filesystem}"
     reached_half = threading.Event()
     died: list[str] = []
+    sent: list[UUID] = []
     base = {f"old{number}": (number, 30_000) for number in range(FILES)}
     changed = {f"old{number}": (1000 + number, 10_000 + 3000 * number) for number in range(0, FILES, 2)}
     changed |= {f"new{number}": (2000 + number, 5000 + 4000 * number) for number in range(FILES)}
@@ -95,6 +97,12 @@ def test_A_the_primary_dies_in_the_middle_and_every_whole_file_is_recovered(lab:
         with run.Site(inventory_of(lab)) as site:
             return run.replicate(site, name)
 
+    def prepared() -> run.Prepared:
+        with run.Site(inventory_of(lab)) as site:
+            ready = run.prepare(site, name, differential=m.Differential.SEND)
+            assert all(found.id != ready.transfer for found in site.node(NAS2).ask(m.ListTransfers()).transfers)
+            return ready
+
     def second() -> None:
         def tell(node: str, progress: m.Progress) -> None:
             if progress.step == "pieces" and progress.done * 2 >= progress.total:
@@ -102,7 +110,14 @@ def test_A_the_primary_dies_in_the_middle_and_every_whole_file_is_recovered(lab:
 
         try:
             with run.Site(inventory_of(lab)) as site:
-                run.replicate(site, name, differential=m.Differential.SEND, rate_limit_bytes_s=2 << 20, tell=tell)
+                run.replicate(
+                    site,
+                    name,
+                    differential=m.Differential.SEND,
+                    rate_limit_bytes_s=2 << 20,
+                    tell=tell,
+                    on_order=lambda transfer, _: sent.append(transfer),
+                )
         except NodeUnreachable as error:
             died.append(error.code)
         finally:
@@ -134,17 +149,21 @@ def test_A_the_primary_dies_in_the_middle_and_every_whole_file_is_recovered(lab:
     write(lab, root, base)
     assert not within(inside, first).resumed
     write(lab, root, changed)
+    ready = within(inside, prepared)
+    write(lab, root, {"written after the generation": (1, 1000)})
     going = threading.Thread(target=within, args=(inside, second))
     going.start()
     assert reached_half.wait(LIMIT_S)
     lifecycle.kill(lab, NAS1)
     going.join(LIMIT_S)
     assert died == ["node-unreachable"]
+    assert sent == [ready.transfer]
 
     statement, opened = within(inside, recover)
     verdict = {account.paths[0]: account.outcome for account in statement.accounts}
     found = digests(lab, NAS2, opened)
     assert {file for file in changed if file not in verdict} == set()
+    assert "written after the generation" not in verdict
     for file, (seed, size) in changed.items():
         match verdict[file]:
             case m.Outcome.RECOVERED:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 import stat
+from dataclasses import replace
 from pathlib import Path
 from uuid import UUID
 
@@ -12,13 +13,15 @@ import pytest
 from agent.contract.errors import ConfigInvalid, NoSuchTransfer, NoSuchVolume, VersionUnknown, VolumeExists
 from agent.contract.identity import FilesystemKind
 from agent.contract.messages import Deletions, Differential, Notification
-from mgmt.catalog import MIGRATIONS, Catalog, TransferEntry, VolumeEntry
+from mgmt.catalog import MIGRATIONS, Catalog, Hold, TransferEntry, VolumeEntry
 from mgmt.determination import AtomicSet, Policy
+from mgmt.keep import Keep
 from tests.unit.mgmt_dmis import BASE, TARGET, TRANSFER, VOLUME
 from tests.unit.test_mgmt_report import statement
 
 POLICY = Policy(Deletions.APPLY, (AtomicSet("database", ("db/log", "db/table\udcff")),))
 ENTRY = VolumeEntry(VOLUME, "projects", "nas1", "nas2", FilesystemKind.XFS, 1 << 30, POLICY, (("mail", 5), ("db\udcff", 1)))
+ENTRY = replace(ENTRY, epoch=3, address="192.0.2.100/24", schedule="hourly", keep=Keep(last=4, daily=7))
 
 
 def test_a_volume_comes_back_as_it_was_also_with_names_that_are_not_utf8(tmp_path: Path) -> None:
@@ -88,3 +91,39 @@ def test_C9_a_catalog_that_is_no_database_is_named(tmp_path: Path) -> None:
     (tmp_path / "c").write_bytes(b"not a database, but long enough to look like one" * 50)
     with pytest.raises(ConfigInvalid):
         Catalog(tmp_path / "c")
+
+
+def test_what_is_said_again_and_again_is_one_entry_of_the_history(tmp_path: Path) -> None:
+    catalog = Catalog(tmp_path / "c")
+    for at_ns in (1, 2, 3):
+        catalog.note(VOLUME, "cycle", "Waits until noon.", at_ns)
+    catalog.note(VOLUME, "failover", "nas2 serves it.", 4, {"rto_s": 3.5})
+    catalog.note(VOLUME, "cycle", "Waits until noon.", 5)
+    catalog.note(VOLUME, "cycle", "Replicated.", 6)
+    found = catalog.history(VOLUME)
+    assert [(entry.kind, entry.sentence, entry.at_ns, entry.last_ns, entry.times) for entry in found] == [
+        ("cycle", "Waits until noon.", 1, 5, 4),
+        ("failover", "nas2 serves it.", 4, 4, 1),
+        ("cycle", "Replicated.", 6, 6, 1),
+    ]
+    assert catalog.history(VOLUME, kind="failover")[0].facts == {"rto_s": 3.5}
+    assert [entry.sentence for entry in catalog.history(VOLUME, newest=1)] == ["Replicated."]
+
+
+def test_holds_are_laid_and_released(tmp_path: Path) -> None:
+    catalog = Catalog(tmp_path / "c")
+    catalog.add_volume(ENTRY)
+    catalog.hold(VOLUME, Hold("g1", "audit", 5))
+    catalog.hold(VOLUME, Hold("g1", "audit of 2026", 6))
+    assert catalog.holds(VOLUME) == [Hold("g1", "audit of 2026", 6)]
+    assert catalog.release(VOLUME, "g1")
+    assert not catalog.release(VOLUME, "g1")
+
+
+def test_a_catalog_of_the_first_version_is_brought_to_this_one(tmp_path: Path) -> None:
+    old = sqlite3.connect(tmp_path / "c")
+    old.executescript(
+        MIGRATIONS[0] + f"INSERT INTO volume VALUES ('{VOLUME}', 'projects', 'nas1', 'nas2', 'xfs', 1, 'hold'); PRAGMA user_version = 1;"
+    )
+    old.close()
+    assert Catalog(tmp_path / "c").volumes() == [VolumeEntry(VOLUME, "projects", "nas1", "nas2", FilesystemKind.XFS, 1)]

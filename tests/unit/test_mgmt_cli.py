@@ -21,7 +21,8 @@ from click.testing import CliRunner, Result
 from agent.contract.errors import LandfallError, LinkLost, NodeUnreachable, PrimaryAlive, by_code
 from agent.contract.errors import explain as explain_code
 from mgmt import run
-from mgmt.cli import Place, landfall
+from mgmt.cli import landfall
+from mgmt.cli.place import Place
 from mgmt.run import replication
 from tests.unit.mgmt_pair import Pair, die, lose
 from tests.unit.test_mgmt_reach import line_of, new_key
@@ -65,7 +66,13 @@ def test_the_cycle_from_the_command_line(pair: Pair, tmp_path: Path) -> None:
     assert (listed["primary"], listed["secondary"], listed["size_bytes"]) == ("nas1", "nas2", 1 << 30)
     assert listed["priorities"] == [["mail", 5]]
     assert listed["policy"]["atomic_sets"] == [{"name": "db", "patterns": ["db/**", "wal"]}]
-    assert data("replicate", "projects", "--rate", "50M")["sent"]["pieces_sent"] == 3
+    ready = data("replicate", "projects", "--prepare")
+    assert ready["built"]["pieces"] == 3
+    assert "had been prepared before" in ask("replicate", "projects", "--prepare").stderr
+    ask("replicate", "projects", "--prepare", "--rate", "50M", error=SystemExit)
+    sent = data("replicate", "projects", "--rate", "50M")
+    assert sent["sent"]["pieces_sent"] == 3
+    assert sent["transfer"] == ready["transfer"]
 
     pair.fails = [die()]
     ask("replicate", "projects", error=NodeUnreachable)

@@ -66,6 +66,42 @@ def test_A_a_proxy_may_stand_between(pair: Pair) -> None:
         assert (sent.address, sent.port, sent.streams, sent.rate_limit_bytes_s) == ("via-192.0.2.12", 7001, 7, 99)
 
 
+def test_what_was_prepared_is_sent_by_the_next_order_and_nothing_before(pair: Pair) -> None:
+    with pair.site() as site:
+        pair.with_volume(site)
+        ready = run.prepare(site, "projects")
+        assert ready.built
+        assert (ready.resumed, ready.frozen_ms) == (False, 1.5)
+        assert pair.nas1.said(m.SendTransfer) == []
+        assert pair.nas2.said(m.ReceiveTransfer) == []
+        again = run.prepare(site, "projects")
+        assert (again.transfer, again.target, again.resumed, again.built) == (ready.transfer, ready.target, True, None)
+        done = run.replicate(site, "projects")
+        assert (done.transfer, done.target, done.resumed, done.built) == (ready.transfer, ready.target, True, None)
+        assert len(pair.nas1.said(m.TakeGeneration)) == len(pair.nas1.said(m.BuildTransfer)) == 1
+        assert run.prepare(site, "projects").base == ready.target
+
+
+def test_what_was_prepared_can_be_given_up(pair: Pair) -> None:
+    with pair.site() as site:
+        pair.with_volume(site)
+        ready = run.prepare(site, "projects")
+        assert run.discard(site, "projects") == [(ready.transfer, "nas1")]
+        assert run.replicate(site, "projects").transfer != ready.transfer
+
+
+def test_a_differential_that_cannot_be_prepared_leaves_no_generation(pair: Pair) -> None:
+    def refuse(_: m.BuildTransfer) -> m.Built:
+        raise LayoutUnsupported("as the script says")
+
+    pair.nas1.handlers[m.BuildTransfer] = refuse
+    with pair.site() as site:
+        pair.with_volume(site)
+        with pytest.raises(LayoutUnsupported):
+            run.prepare(site, "projects")
+        assert pair.generations["nas1"] == []
+
+
 def test_D_a_link_that_breaks_is_resumed_with_new_passes_and_the_same_transfer(pair: Pair) -> None:
     pair.fails = [lose(LinkLost), lose(LinkLost), None]
     with pair.site() as site:

@@ -1,0 +1,5 @@
+"""``python -m mgmt.cli``."""
+
+from mgmt.cli import main
+
+main()

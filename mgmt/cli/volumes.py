@@ -1,0 +1,183 @@
+"""`landfall volume`: volumes and what is laid down for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final
+
+import click
+
+from agent.contract.identity import FilesystemKind
+from agent.contract.messages import Deletions, to_document
+from mgmt.cli.place import Place, as_json_option, at_place, volume_argument
+from mgmt.sizes import Size
+
+if TYPE_CHECKING:
+    from mgmt.determination import AtomicSet
+
+LEVEL_DIGITS: Final = 9
+
+
+@click.group()
+def volume() -> None:
+    """Volumes and what is laid down for them."""
+
+
+def rules(function: Callable[..., None]) -> Callable[..., None]:
+    """The options of a volume's policy."""
+    for option in (
+        click.option(
+            "--deletions", type=click.Choice([kind.value for kind in Deletions]), help="What a partial salvage does with deleted files."
+        ),
+        click.option(
+            "--priority", "priorities", multiple=True, metavar="PREFIX=LEVEL", help="Send what is below PREFIX earlier; higher is earlier."
+        ),
+        click.option("--atomic", multiple=True, metavar="NAME=PATTERN", help="All or none of these files; give a NAME several times."),
+    ):
+        function = option(function)
+    return function
+
+
+@volume.command("add")
+@click.argument("name")
+@click.option("--fs", "filesystem", type=click.Choice([kind.value for kind in FilesystemKind]), default="ext4", show_default=True)
+@click.option("--size", type=Size(), required=True, help="Such as 10G.")
+@click.option("--primary", help="The node that serves it; without it, the first of two.")
+@click.option("--secondary", help="The node that holds its replica; without it, the second of two.")
+@click.option("--sector", type=click.Choice(["512", "4096"]), default="512", show_default=True)
+@click.option("--mkfs-option", "mkfs_options", multiple=True, help="Passed on to mkfs, a word each.")
+@rules
+@as_json_option
+@at_place
+def volume_add(
+    place: Place,
+    name: str,
+    filesystem: str,
+    size: int,
+    primary: str | None,
+    secondary: str | None,
+    sector: str,
+    mkfs_options: tuple[str, ...],
+    deletions: str | None,
+    priorities: tuple[str, ...],
+    atomic: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Make volume NAME on the primary and get the secondary ready for its replica."""
+    from mgmt import run
+    from mgmt.determination import Policy
+    from mgmt.terminal import say, show_json
+
+    levels, sets = _levels(priorities), _sets(atomic)
+    with place.site() as site:
+        names = site.inventory.names
+        if (primary is None or secondary is None) and len(names) != 2:
+            raise click.UsageError("name --primary and --secondary: there are not exactly two nodes")
+        primary = primary or next(node for node in names if node != secondary)
+        secondary = secondary or next(node for node in names if node != primary)
+        if primary == secondary:
+            raise click.UsageError(f"a volume needs two nodes; {primary} is both its primary and its secondary")
+        facts = run.add_volume(
+            site,
+            name,
+            filesystem=FilesystemKind(filesystem),
+            size_bytes=size,
+            primary=primary,
+            secondary=secondary,
+            policy=Policy(Deletions(deletions or Deletions.HOLD), sets),
+            priorities=levels,
+            sector_bytes=int(sector),
+            mkfs_options=mkfs_options,
+        )
+    if as_json:
+        show_json(to_document(facts))
+    else:
+        say(f"Volume {name} is served by {primary} at {facts.mount_point}.")
+
+
+@volume.command("list")
+@as_json_option
+@at_place
+def volume_list(place: Place, as_json: bool) -> None:
+    """List the volumes and what is laid down for them."""
+    from mgmt import run
+    from mgmt.terminal import Sheet, show, show_json
+    from mgmt.view import bytes_words
+
+    with place.site() as site:
+        entries = run.list_volumes(site)
+    if as_json:
+        show_json([to_document(entry) for entry in entries])
+        return
+    rows = tuple(
+        (
+            entry.name,
+            entry.filesystem.value,
+            bytes_words(entry.size_bytes),
+            entry.primary,
+            entry.secondary,
+            entry.policy.deletions.value,
+            ", ".join(f"{prefix}={level}" for prefix, level in entry.priorities) or "-",
+            ", ".join(atomic.name for atomic in entry.policy.atomic_sets) or "-",
+        )
+        for entry in entries
+    )
+    show([Sheet(("volume", "filesystem", "size", "primary", "secondary", "deletions", "priorities", "atomic sets"), rows)])
+
+
+@volume.command("set")
+@volume_argument
+@rules
+@click.option("--no-priorities", is_flag=True, help="Forget all priorities first.")
+@click.option("--no-atomic", is_flag=True, help="Forget all atomic sets first.")
+@as_json_option
+@at_place
+def volume_set(
+    place: Place,
+    volume: str,
+    deletions: str | None,
+    priorities: tuple[str, ...],
+    atomic: tuple[str, ...],
+    no_priorities: bool,
+    no_atomic: bool,
+    as_json: bool,
+) -> None:
+    """Lay down policy for VOLUME; what is not given stays."""
+    from mgmt import run
+    from mgmt.determination import Policy
+    from mgmt.terminal import say, show_json
+
+    levels, sets = _levels(priorities), _sets(atomic)
+    with place.site() as site:
+        entry = site.catalog.volume(volume)
+        kept = {found.name: found for found in (() if no_atomic else entry.policy.atomic_sets)} | {found.name: found for found in sets}
+        wanted = dict(() if no_priorities else entry.priorities) | dict(levels)
+        policy = Policy(Deletions(deletions) if deletions else entry.policy.deletions, tuple(kept.values()))
+        entry = run.set_volume(site, volume, policy=policy, priorities=tuple(wanted.items()))
+    if as_json:
+        show_json(to_document(entry))
+    else:
+        say(f"Volume {entry.name} has its policy.")
+
+
+def _levels(priorities: tuple[str, ...]) -> tuple[tuple[str, int], ...]:
+    found = []
+    for text in priorities:
+        prefix, _, level = text.rpartition("=")
+        digits = level.removeprefix("-")
+        if not digits.isascii() or not digits.isdigit() or len(digits) > LEVEL_DIGITS:
+            raise click.BadParameter(f"{text!r} is not PREFIX=LEVEL, such as mail=5", param_hint="--priority")
+        found.append((prefix, int(level)))
+    return tuple(found)
+
+
+def _sets(atomic: tuple[str, ...]) -> tuple[AtomicSet, ...]:
+    from mgmt.determination import AtomicSet
+
+    patterns: dict[str, list[str]] = {}
+    for text in atomic:
+        name, _, pattern = text.partition("=")
+        if not name or not pattern:
+            raise click.BadParameter(f"{text!r} is not NAME=PATTERN", param_hint="--atomic")
+        patterns.setdefault(name, []).append(pattern)
+    return tuple(AtomicSet(name, tuple(listed)) for name, listed in patterns.items())
