@@ -22,6 +22,7 @@ check: venv
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	PATH="$(abspath $(BIN)):$$PATH" ansible-lint -q --offline playbooks
 
 bench:
 	@bash packaging/setup.sh --bench
