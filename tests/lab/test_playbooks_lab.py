@@ -29,6 +29,7 @@ from mgmt.reach import ssh_node
 PLAYBOOKS = Path(__file__).resolve().parents[2] / "playbooks"
 ANSIBLE_PLAYBOOK = Path(sys.executable).parent / "ansible-playbook"
 LIMIT_S = 240
+# Finding out which Python a machine has takes longer than all the rest.
 HERE = {"ansible_connection": "local", "ansible_python_interpreter": sys.executable}
 EVIL = "{{ lookup('ansible.builtin.pipe', 'touch PWNED') }}"
 
@@ -45,15 +46,8 @@ class Played:
 
 
 def environment(home: Path) -> dict[str, str]:
-    # Finding out which Python a machine has takes longer than all the rest.
-    return {
-        **os.environ,
-        "HOME": str(home),
-        "ANSIBLE_NOCOLOR": "1",
-        "ANSIBLE_ROLES_PATH": str(PLAYBOOKS / "roles"),
-        "ANSIBLE_HOME": str(home / "ansible"),
-        "LC_ALL": "C.UTF-8",
-    }
+    own = {"HOME": str(home), "ANSIBLE_HOME": str(home / "ansible"), "ANSIBLE_ROLES_PATH": str(PLAYBOOKS / "roles")}
+    return {**os.environ, **own, "ANSIBLE_NOCOLOR": "1", "LC_ALL": "C.UTF-8"}
 
 
 def play(playbook: Path, inventory: Path, home: Path, *arguments: str) -> Played:
@@ -127,7 +121,8 @@ def greet(entry: NodeEntry) -> str:
 
 def kill_at(task: str, inventory: Path, home: Path) -> None:
     """Kill a run, its workers and their modules, when it says that it begins a task."""
-    argv = [ANSIBLE_PLAYBOOK, "--inventory", inventory, "--tags", "configuration", PLAYBOOKS / "provision.yml"]
+    words = [ANSIBLE_PLAYBOOK, "--inventory", inventory, "--tags", "configuration", PLAYBOOKS / "provision.yml"]
+    argv = [str(word) for word in words]
     with subprocess.Popen(
         argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment(home), cwd=home, start_new_session=True
     ) as running:
