@@ -27,6 +27,7 @@ check: venv
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	PATH="$(abspath $(BIN)):$$PATH" ansible-lint -q --offline playbooks
 
 bench:
 	@bash packaging/setup.sh --bench
@@ -43,7 +44,7 @@ venv:
 COMPILE := pip-compile --quiet --generate-hashes --allow-unsafe --strip-extras --no-header --no-emit-options \
     --no-emit-index-url --no-emit-find-links --no-emit-trusted-host pyproject.toml
 lock:
-	$(COMPILE) --extra dev -o requirements-dev.txt
+	$(COMPILE) --extra dev --extra drill -o requirements-dev.txt
 	$(COMPILE) -c requirements-dev.txt -o requirements.txt
 
 clean:

@@ -128,6 +128,15 @@ def heal(one: str, other: str, directory: Path, as_json: bool) -> None:
     _report(outcome, f"{one} and {other} are connected.", f"{one} and {other} were connected already.", as_json)
 
 
+@lab.command()
+@directory_option
+def inventory(directory: Path) -> None:
+    """Print the nodes as an Ansible inventory, for the tag `configuration` of playbooks/provision.yml."""
+    from mgmt.lab import ansible
+
+    click.echo(ansible.inventory(Lab.at(directory)))
+
+
 @lab.command(name="exec", context_settings={"ignore_unknown_options": True})
 @directory_option
 @click.argument("node", type=NODE)
