@@ -4,6 +4,8 @@ node         what the handlers work on: configuration, substrate, transfers, out
 term         which management node is obeyed
 volumes      create, admit, list
 serving      promote, serve, unserve, demote
+addresses    take, drop; the lookout for others who have them
+leases       lease; the watch over them
 peers        probe
 generations  take, drop, open, close
 verification examine, digests, owners
@@ -28,9 +30,11 @@ from typing import Any
 from agent.config import Config
 from agent.contract import messages as m
 from agent.service import (
+    addresses,
     devices,
     generations,
     health,
+    leases,
     mending,
     peers,
     receiving,
@@ -74,6 +78,9 @@ HANDLERS: dict[type[Any], Callable[[Node, Any, ProgressCall], Any]] = {
     m.DiscardTransfer: transfers.discard,
     m.UpdateInstruction: salvages.update,
     m.UndoSalvage: salvages.undo_salvage,
+    m.RenewLease: leases.renew,
+    m.TakeAddress: addresses.take,
+    m.DropAddress: addresses.drop,
     m.ProbePeer: peers.probe,
     m.ReadOutbox: lambda node, arguments, progress: m.Outbox(node.outbox.read(arguments.after, arguments.wait_s)),
     m.AcknowledgeOutbox: lambda node, arguments, progress: _acknowledge(node, arguments),
@@ -88,6 +95,7 @@ class Service:
         if set(HANDLERS) != {arguments for arguments, _ in m.VERBS.values()}:
             raise RuntimeError("a verb has no handler")
         self._node = Node(config)
+        self._lookout: addresses.Lookout | None = None
         self._metrics: TextFile | None = None
 
     def recover(self) -> None:
@@ -95,6 +103,8 @@ class Service:
         self._node.recover()
         transfers.recover(self._node)
         salvages.recover(self._node)
+        self._lookout = addresses.Lookout(self._node)
+        leases.LeaseWatch(self._node)
         if self._node.config.metrics_textfile:
             self._metrics = TextFile(self._node, Path(self._node.config.metrics_textfile))
 
@@ -110,6 +120,8 @@ class Service:
         """End what runs in the background; transfers stay resumable."""
         if self._metrics is not None:
             self._metrics.close()
+        if self._lookout is not None:
+            self._lookout.close()
         self._node.close()
 
 

@@ -123,7 +123,9 @@ def down(lab: Lab) -> Outcome:
 def kill(lab: Lab, node: NodeName) -> Outcome:
     """Guarantee that the node is dead, as if its plug had been pulled; its disks stay as they are."""
     _require_up(lab)
-    return Outcome.DONE if remains.clear_node(lab, node) else Outcome.ALREADY
+    did = remains.clear_node(lab, node)
+    network.forget_services(lab, node)
+    return Outcome.DONE if did else Outcome.ALREADY
 
 
 def start_node(lab: Lab, node: NodeName) -> Outcome:

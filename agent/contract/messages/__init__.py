@@ -9,7 +9,7 @@ it has heard, and lets lower ones only look. A class's docstring begins with its
 node         who answers, its health and devices, the path to its peer, its outbox
 generations  facts of them; take, drop, open, close; examine, digests, owners
 volumes      facts of them; create, admit, list
-serving      promote, serve, unserve, demote
+serving      promote, serve, unserve, demote; lease, service address
 transfers    build, mend, receive, send, list, fetch, discard
 salvages     update, undo
 wire         lines and documents
@@ -64,11 +64,15 @@ from agent.contract.messages.salvages import (
 from agent.contract.messages.serving import (
     Demoted,
     DemoteVolume,
+    DropAddress,
+    Lease,
     Probed,
     ProbePeer,
     PromoteVolume,
+    RenewLease,
     ServeVolume,
     StopServing,
+    TakeAddress,
 )
 from agent.contract.messages.transfers import (
     Blob,
@@ -124,6 +128,7 @@ __all__ = [
     "Differential",
     "DiscardTransfer",
     "Done",
+    "DropAddress",
     "DropGeneration",
     "ExamineGeneration",
     "Examined",
@@ -135,6 +140,7 @@ __all__ = [
     "GenerationFacts",
     "Health",
     "Hello",
+    "Lease",
     "ListDevices",
     "ListTransfers",
     "ListVolumes",
@@ -155,6 +161,7 @@ __all__ = [
     "PromoteVolume",
     "ReadOutbox",
     "ReceiveTransfer",
+    "RenewLease",
     "ReplicaState",
     "Role",
     "Salvaged",
@@ -162,6 +169,7 @@ __all__ = [
     "Sent",
     "ServeVolume",
     "StopServing",
+    "TakeAddress",
     "TakeGeneration",
     "Taken",
     "TlsMaterial",
@@ -211,6 +219,9 @@ VERBS: Final[dict[str, tuple[type[Any], type[Any]]]] = {
     "transfer.discard": (DiscardTransfer, Done),
     "salvage.update": (UpdateInstruction, Salvaged),
     "salvage.undo": (UndoSalvage, Done),
+    "volume.lease": (RenewLease, Lease),
+    "address.take": (TakeAddress, Done),
+    "address.drop": (DropAddress, Done),
     "peer.probe": (ProbePeer, Probed),
     "outbox.read": (ReadOutbox, Outbox),
     "outbox.acknowledge": (AcknowledgeOutbox, Done),
