@@ -288,6 +288,13 @@ class StopServing:
 
 
 @dataclass(frozen=True, slots=True)
+class RemoveVolume:
+    """volume.remove: destroy everything this node holds of a volume that it does not serve and of which no transfer is open."""
+
+    volume: UUID
+
+
+@dataclass(frozen=True, slots=True)
 class TakeGeneration:
     """generation.take: freeze, clone, thaw (NAS 1)."""
 
@@ -588,6 +595,7 @@ VERBS: Final[dict[str, tuple[type[Any], type[Any]]]] = {
     "volume.list": (ListVolumes, Volumes),
     "volume.serve": (ServeVolume, VolumeFacts),
     "volume.unserve": (StopServing, VolumeFacts),
+    "volume.remove": (RemoveVolume, Done),
     "generation.take": (TakeGeneration, Taken),
     "generation.drop": (DropGeneration, Done),
     "generation.open": (OpenGeneration, Opened),

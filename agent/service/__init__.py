@@ -2,6 +2,7 @@
 
 node         what the handlers work on: configuration, substrate, transfers, outbox, exports; one job per volume
 volumes      create, admit, list, serve, unserve
+removal      the end of a volume
 generations  take, drop, open, close
 verification examine, digests, owners
 sending      build, send (NAS 1)
@@ -24,7 +25,7 @@ from typing import Any
 
 from agent.config import Config
 from agent.contract import messages as m
-from agent.service import devices, generations, health, mending, receiving, salvages, sending, transfers, verification, volumes
+from agent.service import devices, generations, health, mending, receiving, removal, salvages, sending, transfers, verification, volumes
 from agent.service.metrics import TextFile
 from agent.service.node import Node, ProgressCall
 
@@ -39,6 +40,7 @@ HANDLERS: dict[type[Any], Callable[[Node, Any, ProgressCall], Any]] = {
     m.ListVolumes: volumes.list_volumes,
     m.ServeVolume: volumes.serve,
     m.StopServing: volumes.unserve,
+    m.RemoveVolume: removal.remove,
     m.TakeGeneration: generations.take,
     m.DropGeneration: generations.drop,
     m.OpenGeneration: generations.open_generation,

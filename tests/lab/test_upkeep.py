@@ -215,3 +215,28 @@ def test_check_says_ok_of_a_lab_in_order_and_fails_with_its_node(lab: Lab) -> No
         assert [said["subject"] for said in found["findings"] if said["state"] == "FAILED"] == [NAS2]
     finally:
         lifecycle.start_node(lab, NAS2)
+
+
+def test_a_volume_is_removed_from_both_nodes_and_not_while_it_is_used(lab: Lab) -> None:
+    root = made(lab, "ending")
+    write(lab, root, "file", b"content")
+    newest = replicated(lab, "ending")
+    assert "unserve" in command(lab, "volume", "remove", "ending", "--yes", "--json", expect=25)
+    command(lab, "unserve", "ending")
+    assert (
+        "--yes"
+        in start_program(
+            [sys.executable, "-m", "mgmt.cli", "--lab", str(lab.directory), "volume", "remove", "ending"], ok=(2,)
+        ).stderr.decode()
+    )
+    command(lab, "replicate", "ending", "--prepare")
+    assert "discard" in command(lab, "volume", "remove", "ending", "--yes", "--json", expect=36)
+    command(lab, "discard", "ending", "--yes")
+    assert json.loads(command(lab, "volume", "remove", "ending", "--yes", "--json"))["id"] == str(newest.volume)
+    assert "ending" not in command(lab, "volume", "list")
+    for node in (NAS1, NAS2):
+        start_program(lifecycle.inside(lab, node, ["ls", str(Path(image(newest)).parents[1])]), ok=(2,))
+        listing = start_program(lifecycle.inside(lab, node, ["find", "/run/landfall/node", "-name", f"*{newest.volume}*"])).text
+        assert listing == ""
+    made(lab, "ending")
+    replicated(lab, "ending")
