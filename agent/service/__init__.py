@@ -1,8 +1,10 @@
 """What the agent does when it is asked: one module per noun of the control plane, one function per verb.
 
 node         what the handlers work on: configuration, substrate, transfers, outbox, exports; one job per volume
-volumes      create, admit, list, serve, unserve
+volumes      create, admit, list
+serving      promote, serve, unserve, demote
 removal      the end of a volume
+peers        probe
 generations  take, drop, open, close
 verification examine, digests, owners
 sending      build, send (NAS 1)
@@ -25,7 +27,21 @@ from typing import Any
 
 from agent.config import Config
 from agent.contract import messages as m
-from agent.service import devices, generations, health, mending, receiving, removal, salvages, sending, transfers, verification, volumes
+from agent.service import (
+    devices,
+    generations,
+    health,
+    mending,
+    peers,
+    receiving,
+    removal,
+    salvages,
+    sending,
+    serving,
+    transfers,
+    verification,
+    volumes,
+)
 from agent.service.metrics import TextFile
 from agent.service.node import Node, ProgressCall
 
@@ -38,8 +54,10 @@ HANDLERS: dict[type[Any], Callable[[Node, Any, ProgressCall], Any]] = {
     m.CreateVolume: volumes.create,
     m.AdmitReplica: volumes.admit,
     m.ListVolumes: volumes.list_volumes,
-    m.ServeVolume: volumes.serve,
-    m.StopServing: volumes.unserve,
+    m.PromoteVolume: serving.promote,
+    m.ServeVolume: serving.serve,
+    m.StopServing: serving.unserve,
+    m.DemoteVolume: serving.demote,
     m.RemoveVolume: removal.remove,
     m.TakeGeneration: generations.take,
     m.DropGeneration: generations.drop,
@@ -58,6 +76,7 @@ HANDLERS: dict[type[Any], Callable[[Node, Any, ProgressCall], Any]] = {
     m.DiscardTransfer: transfers.discard,
     m.UpdateInstruction: salvages.update,
     m.UndoSalvage: salvages.undo_salvage,
+    m.ProbePeer: peers.probe,
     m.ReadOutbox: lambda node, arguments, progress: m.Outbox(node.outbox.read(arguments.after, arguments.wait_s)),
     m.AcknowledgeOutbox: lambda node, arguments, progress: _acknowledge(node, arguments),
 }

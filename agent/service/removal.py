@@ -36,6 +36,7 @@ def remove(node: Node, arguments: m.RemoveVolume, progress: ProgressCall) -> m.D
         for number in _transfers(node, arguments.volume):
             node.store.discard(number)
         shutil.rmtree(node.config.state_dir / "differential" / str(arguments.volume), ignore_errors=True)
+        node.tenures.end(arguments.volume)
         failpoint("remove.after_records")
     return m.Done()
 
