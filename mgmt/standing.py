@@ -26,7 +26,7 @@ def sheets(standing: Standing) -> list[Sheet]:
         if facts is None:
             nodes.append((entry.name, view.node, "-", "-", "-", "-", view.problem or "does not hold it"))
             continue
-        newest = facts.generations[-1] if facts.generations else None
+        newest = m.newest(facts.generations) if facts.generations else None
         nodes.append(
             (
                 entry.name,

@@ -251,6 +251,12 @@ class ReplicaDiffers(LandfallError):
     code, exit_code, retry, fix = "replica-differs", 90, Retry.OPERATOR, "`landfall verify VOLUME --heal`, then look at the node's disk."
 
 
+class CheckFailed(LandfallError):
+    """`landfall check` found something that would fail on the bad night; the list says what, and what to do about each."""
+
+    code, exit_code, retry, fix = "check-failed", 91, Retry.OPERATOR, "Mend what is FAILED, then run `landfall check` again."
+
+
 class FailpointHit(LandfallError):
     """A failpoint that a test armed raised here."""
 
@@ -312,6 +318,23 @@ class PathRefused(LandfallError):
     """The operating system refused a file or folder of this machine: it is missing, of another kind, not ours to write, or full."""
 
     code, exit_code, retry, fix = "path-refused", 55, Retry.OPERATOR, "Check the path, its permissions and the room on its filesystem."
+
+
+class EpochStale(LandfallError):
+    """The order names another epoch than the node's own: somebody was promoted meanwhile, or the order is out of date. Nothing was done."""
+
+    code, exit_code, retry, fix = (
+        "epoch-stale",
+        56,
+        Retry.OPERATOR,
+        "`landfall status` shows who is primary at the highest epoch; order it of that node.",
+    )
+
+
+class NotPrimary(LandfallError):
+    """Only the primary of a volume may serve it, hold its address, or have a lease for it; this node is its secondary. Nothing was done."""
+
+    code, exit_code, retry, fix = "not-primary", 57, Retry.OPERATOR, "`landfall status` shows who is; `landfall failover` changes it."
 
 
 class FenceMissing(LandfallError):

@@ -1,7 +1,9 @@
 """What the agent does when it is asked: one module per noun of the control plane, one function per verb.
 
 node         what the handlers work on: configuration, substrate, transfers, outbox, exports; one job per volume
-volumes      create, admit, list, serve, unserve
+volumes      create, admit, list
+serving      promote, serve, unserve, demote
+peers        probe
 generations  take, drop, open, close
 verification examine, digests, owners
 sending      build, send (NAS 1)
@@ -11,6 +13,7 @@ receiving    receive (NAS 2)
 salvages     update, undo
 outbox       notifications kept for the management node
 devices      what block devices there are
+health       what a preflight must know
 show         a DMI in words
 metrics      a file for Prometheus
 """
@@ -23,18 +26,36 @@ from typing import Any
 
 from agent.config import Config
 from agent.contract import messages as m
-from agent.service import devices, generations, mending, receiving, salvages, sending, transfers, verification, volumes
+from agent.service import (
+    devices,
+    generations,
+    health,
+    mending,
+    peers,
+    receiving,
+    salvages,
+    sending,
+    serving,
+    transfers,
+    verification,
+    volumes,
+)
 from agent.service.metrics import TextFile
 from agent.service.node import Node, ProgressCall
 
 HANDLERS: dict[type[Any], Callable[[Node, Any, ProgressCall], Any]] = {
     m.Hello: lambda node, arguments, progress: node.facts(),
+    m.AskHealth: health.health,
+    m.OpenPath: health.open_path,
+    m.TryPath: health.try_path,
     m.ListDevices: devices.list_devices,
     m.CreateVolume: volumes.create,
     m.AdmitReplica: volumes.admit,
     m.ListVolumes: volumes.list_volumes,
-    m.ServeVolume: volumes.serve,
-    m.StopServing: volumes.unserve,
+    m.PromoteVolume: serving.promote,
+    m.ServeVolume: serving.serve,
+    m.StopServing: serving.unserve,
+    m.DemoteVolume: serving.demote,
     m.TakeGeneration: generations.take,
     m.DropGeneration: generations.drop,
     m.OpenGeneration: generations.open_generation,
@@ -52,6 +73,7 @@ HANDLERS: dict[type[Any], Callable[[Node, Any, ProgressCall], Any]] = {
     m.DiscardTransfer: transfers.discard,
     m.UpdateInstruction: salvages.update,
     m.UndoSalvage: salvages.undo_salvage,
+    m.ProbePeer: peers.probe,
     m.ReadOutbox: lambda node, arguments, progress: m.Outbox(node.outbox.read(arguments.after, arguments.wait_s)),
     m.AcknowledgeOutbox: lambda node, arguments, progress: _acknowledge(node, arguments),
 }

@@ -17,6 +17,7 @@ from agent.contract.errors import DeviceBusy, NoSuchGeneration, NoSuchVolume, No
 from agent.contract.identity import GenerationId
 from agent.service.outbox import Outbox
 from agent.serving.samba import Samba
+from agent.serving.tenure import Tenures
 from agent.transfer.store import TransferStore
 from agent.volume import filesystem
 from agent.volume.freeze import thaw_if_frozen
@@ -56,6 +57,7 @@ class Node:
         self.store = TransferStore(config.state_dir / "transfers")
         self.outbox = Outbox(config.state_dir / "outbox")
         self.samba = Samba(config.run_dir / "samba", config.replication_address, config.smb_port, config.smb_guest or config.lab)
+        self.tenures = Tenures(config.run_dir / "tenure")
         self.receptions: dict[UUID, Reception] = {}
         self._jobs: dict[UUID, str] = {}
         self._lock = threading.Lock()

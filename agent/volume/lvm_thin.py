@@ -426,7 +426,7 @@ class LvmThinSubstrate:
     def _generations(self, held: _Held, volume: UUID) -> tuple[GenerationFacts, ...]:
         self._volume(held, volume)
         found = [facts for facts, _ in held.generations.values() if facts.id.volume == volume]
-        return tuple(sorted(found, key=lambda facts: (facts.id.counter, facts.id.epoch, facts.id.nonce)))
+        return tuple(sorted(found, key=lambda facts: (facts.id.epoch, facts.id.counter, facts.id.nonce)))
 
     def _workspace(self, held: _Held, workspace: Workspace) -> LogicalVolume:
         self._volume(held, workspace.volume)

@@ -171,7 +171,7 @@ class ReflinkSubstrate:
         self._record(volume)
         folder = self._folder(volume) / "generations"
         found = _readable((image.with_suffix(".json") for image in self._whole(folder)), GenerationFacts)
-        return tuple(sorted(found, key=lambda facts: (facts.id.counter, facts.id.epoch, facts.id.nonce)))
+        return tuple(sorted(found, key=lambda facts: (facts.id.epoch, facts.id.counter, facts.id.nonce)))
 
     def take(self, volume: UUID, mount_point: Path | None, facts: GenerationFacts) -> float:
         """Make the operational volume's state under a freeze a generation; return the freeze in milliseconds.

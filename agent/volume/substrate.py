@@ -96,7 +96,7 @@ class Substrate(Protocol):
         """Record the role and epoch durably."""
 
     def generations(self, volume: UUID) -> tuple[GenerationFacts, ...]:
-        """Return the generations whose records can be read, oldest first, g0 included."""
+        """Return the generations whose records can be read, g0 included, oldest first: by epoch, then by counter."""
 
     def take(self, volume: UUID, mount_point: Path | None, facts: GenerationFacts) -> float:
         """Make the operational volume's state under a freeze of ``mount_point`` a generation; return the freeze in milliseconds.

@@ -84,7 +84,10 @@ def serve(site: Site, name: str, *, node: str | None = None, declare_dead: bool 
             facts = _held(site.node(other), entry.id)
             if facts is not None and facts.serving:
                 raise PrimaryAlive(f"{other} answers and serves volume {name}", fix=f"`landfall unserve {name} --node {other}` first.")
-    return site.node(server).ask(m.ServeVolume(entry.id))
+    held = facts_of(site.node(server), entry.id)
+    if held.role is m.Role.SECONDARY:
+        held = site.node(server).ask(m.PromoteVolume(entry.id, held.epoch + 1))
+    return site.node(server).ask(m.ServeVolume(entry.id, held.epoch))
 
 
 def unserve(site: Site, name: str, *, node: str | None = None) -> m.VolumeFacts:
