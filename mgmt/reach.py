@@ -84,7 +84,7 @@ class Node:
     @overload
     def ask(
         self,
-        arguments: m.CreateVolume | m.AdmitReplica | m.PromoteVolume | m.ServeVolume | m.StopServing,
+        arguments: m.CreateVolume | m.GrowVolume | m.AdmitReplica | m.PromoteVolume | m.ServeVolume | m.StopServing,
         on_progress: OnProgress | None = ...,
         *,
         limit_s: float | None = ...,
@@ -122,7 +122,7 @@ class Node:
     @overload
     def ask(
         self,
-        arguments: m.DropGeneration | m.CloseGeneration | m.DiscardTransfer | m.UndoSalvage | m.AcknowledgeOutbox,
+        arguments: m.RemoveVolume | m.DropGeneration | m.CloseGeneration | m.DiscardTransfer | m.UndoSalvage | m.AcknowledgeOutbox,
         on_progress: OnProgress | None = ...,
         *,
         limit_s: float | None = ...,
