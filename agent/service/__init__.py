@@ -6,8 +6,11 @@ volumes      create, admit, list
 serving      promote, serve, unserve, demote
 addresses    take, drop; the lookout for others who have them
 leases       lease; the watch over them
+growth       more room for a volume
+removal      the end of a volume
 peers        probe
 generations  take, drop, open, close
+restoring    single files
 verification examine, digests, owners
 sending      build, send (NAS 1)
 transfers    list, fetch, discard
@@ -33,11 +36,14 @@ from agent.service import (
     addresses,
     devices,
     generations,
+    growth,
     health,
     leases,
     mending,
     peers,
     receiving,
+    removal,
+    restoring,
     salvages,
     sending,
     serving,
@@ -61,10 +67,13 @@ HANDLERS: dict[type[Any], Callable[[Node, Any, ProgressCall], Any]] = {
     m.ServeVolume: serving.serve,
     m.StopServing: serving.unserve,
     m.DemoteVolume: serving.demote,
+    m.GrowVolume: growth.grow,
+    m.RemoveVolume: removal.remove,
     m.TakeGeneration: generations.take,
     m.DropGeneration: generations.drop,
     m.OpenGeneration: generations.open_generation,
     m.CloseGeneration: generations.close_generation,
+    m.RestoreFiles: restoring.restore_files,
     m.ExamineGeneration: verification.examine,
     m.FetchDigests: verification.fetch_digests,
     m.FindOwners: verification.find_owners,
