@@ -49,7 +49,7 @@ class Playing:
             "ANSIBLE_HOME": str(folder.resolve() / "ansible"),
             # Connections of its own: those of another run may lead to a machine that has been switched off since. A socket's path is short.
             "ANSIBLE_SSH_CONTROL_PATH_DIR": self._sockets.name,
-            "ANSIBLE_PIPELINING": "True",  # half the round trips, and on an emulated machine each starts a program
+            "ANSIBLE_TIMEOUT": "180",  # an emulated machine on a busy host takes its time to become root
             **({"ANSIBLE_CONFIG": str(settings.resolve())} if settings.exists() else {}),
         }
         self._thread: Thread
