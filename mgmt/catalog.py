@@ -68,6 +68,10 @@ MIGRATIONS: Final = (
     ) STRICT;
     CREATE INDEX history_of_volume ON history (volume, number);
     """,
+    """
+    CREATE TABLE term (number INTEGER NOT NULL) STRICT;
+    INSERT INTO term VALUES (1);
+    """,
 )
 """Each takes the catalog from the version that is its index to the next."""
 
@@ -389,6 +393,19 @@ class Catalog:
             if entry.undone_ns is None:
                 return entry
         raise NoSuchTransfer("no salvage of this volume stands")
+
+    # --- who is in charge ---
+
+    @property
+    def term(self) -> int:
+        """The term in which this management node orders; an agent that has heard of a higher one refuses."""
+        (number,) = self._db.execute("SELECT number FROM term").fetchone()
+        return int(number)
+
+    def set_term(self, number: int) -> None:
+        """Order in another term from now on."""
+        with self._change() as db:
+            db.execute("UPDATE term SET number = ?", (number,))
 
     # --- the file ---
 
