@@ -104,7 +104,7 @@ def _build(node: Node, record: VolumeRecord, arguments: m.BuildTransfer) -> Dmi:
                 sector_bytes=record.sector_bytes,
                 filesystem=record.filesystem,
                 mkfs_arguments=filesystem.mkfs_arguments(target_view.device, record.filesystem),
-                differential_volume=node.substrate.differential_identity,
+                differential_volume=node.substrate.differential_identity(base.id),
                 base=base_view,
                 target=target_view,
                 changed=node.substrate.changed(base.id, target.id),

@@ -14,7 +14,7 @@ from agent.contract.identity import BLOCK_BYTES, FilesystemKind
 from agent.volume.lvm_thin import LvmThinSubstrate
 from agent.volume.reflink import ReflinkSubstrate
 from tests.storage.salvage_scene import Scene
-from tests.storage.volume_groups import thin_group
+from tests.storage.volume_groups import volume_group
 
 
 class ThinScene(Scene):
@@ -31,7 +31,7 @@ class ThinScene(Scene):
 
 @pytest.fixture(params=list(FilesystemKind))
 def scene(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Scene]:
-    with thin_group(tmp_path) as name:
+    with volume_group(tmp_path) as name:
         made = ThinScene(Path(name), request.param, tmp_path)
         yield made
         made.remove()

@@ -18,14 +18,14 @@ from agent.volume import filesystem, lvm, mapper
 from agent.volume.lvm_thin import Limits, LvmThinSubstrate
 from agent.volume.substrate import Workspace, WorkspaceKind
 from tests.storage.conformance import Bench, Call, block_of, blocks_of, facts_after, in_child, read, record, taken, write
-from tests.storage.volume_groups import needs_device_mapper, thin_group
+from tests.storage.volume_groups import needs_device_mapper, volume_group
 
 POOL_BYTES = 160 << 20
 
 
 @pytest.fixture(scope="module")
 def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with thin_group(tmp_path_factory.mktemp("disk"), size_bytes=POOL_BYTES) as name:
+    with volume_group(tmp_path_factory.mktemp("disk"), size_bytes=POOL_BYTES) as name:
         LvmThinSubstrate.initialise(name)
         yield name
 
@@ -42,7 +42,7 @@ def substrate(group: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[LvmThinSu
 
 
 def test_a_group_without_the_tag_is_not_touched(tmp_path: Path) -> None:
-    with thin_group(tmp_path, tag=None, size_bytes=64 << 20) as stranger:
+    with volume_group(tmp_path, tag=None, size_bytes=64 << 20) as stranger:
         for opening in (LvmThinSubstrate, LvmThinSubstrate.initialise):
             with pytest.raises(NotOurs):
                 opening(stranger)
@@ -183,7 +183,7 @@ def test_what_somebody_else_commits_is_seen(substrate: LvmThinSubstrate) -> None
     held = taken(substrate, volume.id, {1: block_of("a")})
     substrate.refuse_written(held.id)
     subprocess.run(
-        ["lvchange", "--permission", "rw", f"{substrate.group.name}/{substrate._held().generations[held.id][1].name}"],
+        ["lvchange", "--permission", "rw", f"{substrate.group.name}/{substrate._held().generations[held.id].name}"],
         check=True,
         capture_output=True,
     )

@@ -20,7 +20,7 @@ def needs_device_mapper() -> None:
 
 
 @contextmanager
-def thin_group(folder: Path, *, tag: str | None = "landfall-lab", size_bytes: int = SIZE_BYTES) -> Iterator[str]:
+def volume_group(folder: Path, *, tag: str | None = "landfall-lab", size_bytes: int = SIZE_BYTES) -> Iterator[str]:
     """Gives the name of a fresh volume group."""
     needs_device_mapper()
     name, image = f"landfall-test-{secrets.token_hex(4)}", folder / "disk"
