@@ -12,7 +12,8 @@ test: setup
 	unshare --mount --propagation private $(BIN)/python -m pytest tests/unit tests/storage tests/lab tests/faults $(ARGS)
 
 # What needs device-mapper, in a guest that has it: see tests/guest. Takes minutes; a second argument selects, as in ARGS="-k E25".
-VM_TESTS := tests/storage/test_volume_lvm_pool.py tests/storage/test_recovery_lvm_thin.py tests/storage/test_volume_lvm_thin.py
+VM_TESTS := tests/storage/test_volume_lvm_pool.py tests/storage/test_volume_lvm_merge.py tests/storage/test_recovery_lvm.py \
+    tests/storage/test_volume_lvm_thin.py tests/storage/test_volume_lvm_snapshot.py
 vm-test:
 	@bash packaging/setup.sh --guest
 	$(BIN)/python -m tests.guest run --limit-s 3000 -- $(abspath $(BIN))/python -m pytest -o cache_dir=/run/pytest $(VM_TESTS) $(ARGS)

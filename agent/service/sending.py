@@ -59,6 +59,11 @@ def send_transfer(node: Node, arguments: m.SendTransfer, progress: ProgressCall)
     transfer = known_transfer(node, arguments.transfer, sending=True)
     with node.job(transfer.target.volume, "transfer.send"):
         node.store.set_state(transfer.id, m.TransferState.RUNNING)
+
+        def still_sound() -> None:
+            for generation in (transfer.base, transfer.target):
+                node.substrate.refuse_written(generation)
+
         try:
             with node.substrate.reading(transfer.target) as target, node.substrate.reading(transfer.base) as base:
                 sent = send(
@@ -78,6 +83,7 @@ def send_transfer(node: Node, arguments: m.SendTransfer, progress: ProgressCall)
                         silence_limit_s=arguments.silence_limit_s,
                         rate_limit_bytes_s=arguments.rate_limit_bytes_s,
                         progress=lambda said: progress(said.step, said.done, said.total),
+                        still_sound=still_sound,
                     )
                 )
         except BaseException:

@@ -26,7 +26,7 @@ _MERGE_LIMIT_S: Final = 24 * 3600.0  # it copies everything that the snapshot ho
 _HEADERS_BLOCKS: Final = 2  # the label and, at 4096, the header of the metadata area: lib/format_text/layout.h of lvm2
 _AREA_AT: Final = 4096
 _AREA_MAGIC: Final = b" LVM2 x[5A%r0N*>"
-_GROUP_COLUMNS: Final = "vg_uuid,vg_name,vg_tags,vg_free,vg_extent_size"
+_GROUP_COLUMNS: Final = "vg_uuid,vg_name,vg_tags,vg_free,vg_extent_size,pv_name,pv_mda_used_count"
 _VOLUME_COLUMNS: Final = (
     "vg_uuid,vg_tags,lv_uuid,lv_name,lv_size,lv_tags,lv_permissions,segtype,thin_id,pool_lv_uuid,data_lv_uuid,metadata_lv_uuid,chunk_size,"
     "lv_when_full,origin_uuid,lv_merging"
@@ -71,11 +71,11 @@ class LogicalVolume:
 def group(name: str) -> Group:
     """Return our volume group of that name; NotOurs if there is none or it does not carry one of ``TAGS``, ProgramMissing without lvm2."""
     rows = _report(["vgs", "-o", _GROUP_COLUMNS, "--select", f"vg_name={name}"], "vg")
-    if len(rows) != 1:
-        raise NotOurs(f"there is no volume group {name}" if not rows else f"{len(rows)} volume groups are called {name}")
+    called = {row["vg_uuid"] for row in rows}
+    if len(called) != 1:
+        raise NotOurs(f"there is no volume group {name}" if not rows else f"{len(called)} volume groups are called {name}")
     row = rows[0]
-    disks = _report(["pvs", "-o", "pv_name", "--select", f"vg_uuid={row['vg_uuid']} && pv_mda_used_count>0"], "pv")
-    disk = Path(disks[0]["pv_name"]) if disks else None
+    disk = next((Path(row["pv_name"]) for row in rows if int(row["pv_mda_used_count"] or 0)), None)
     found = Group(row["vg_uuid"], row["vg_name"], _tags(row["vg_tags"]), int(row["vg_free"]), int(row["vg_extent_size"]), disk)
     if not found.tags & TAGS:
         raise NotOurs(
@@ -84,6 +84,11 @@ def group(name: str) -> Group:
             fix=f"If all of it is for Landfall: vgchange --addtag landfall {name}.",
         )
     return found
+
+
+def free_bytes(of: Group) -> int:
+    """Return how much of a group no logical volume has."""
+    return sum(int(row["vg_free"]) for row in _report(["vgs", "-o", "vg_free", "--select", f"vg_uuid={of.uuid}"], "vg"))
 
 
 def volumes(of: Group) -> tuple[LogicalVolume, ...]:
@@ -131,6 +136,7 @@ def create(of: Group, arguments: Sequence[str], name: str, tags: Sequence[str] =
 
 def retag(of: Group, volume: LogicalVolume, *, add: Sequence[str] = (), drop: Sequence[str] = (), writable: bool | None = None) -> None:
     """Change the tags of a logical volume, and whether it may be written, in one commit: all of it, or nothing."""
+    drop, add = [tag for tag in drop if tag not in add], [tag for tag in add if tag not in volume.tags]
     permission = [] if writable is None or writable is not volume.read_only else ["--permission", "rw" if writable else "r"]
     _lvm(["lvchange", *_options("--deltag", drop), *_options("--addtag", add), *permission, f"{of.name}/{volume.name}"])
 

@@ -114,7 +114,7 @@ class LvmSnapshotSubstrate(LvmSubstrate):
     def free_bytes(self, workspace: Workspace | None = None) -> int:
         """Return how much can still be written into a workspace; without one, into new ones."""
         if workspace is None:
-            return lvm.group(self.group.name).free_bytes
+            return lvm.free_bytes(self.group)
         held = self._held()
         volume, record = held.workspace(workspace), held.volume(workspace.volume)
         status = mapper.snapshot_status(self._active(volume, record))
@@ -206,21 +206,19 @@ class LvmSnapshotSubstrate(LvmSubstrate):
         return replace(held, meaningless=held.meaningless + half)
 
     def _need_room(self, what: str) -> None:
-        free = lvm.group(self.group.name).free_bytes
-        if free < _SLACK_BYTES:
-            raise self._no_space(what, _SLACK_BYTES, free)
+        """Nothing: whatever makes something knows how much room it needs, and asks before it does."""
 
     def _make(self, record: VolumeRecord) -> None:
         """Make the origin, zeroed throughout: what its disks held before is nobody's to read."""
         if self.group.disk is not None:
             refuse_sectors(record, self.group.disk)
-        free = lvm.group(self.group.name).free_bytes
+        free = lvm.free_bytes(self.group)
         if free < record.size_bytes:
             raise self._no_space(f"volume {record.name}", record.size_bytes, free)
         name, unfinished = new_name(), tags.unfinished_tag(record.id)
         shape = ["--size", f"{record.size_bytes}b", "--zero", "n", "--wipesignatures", "n", "--setactivationskip", "y"]
         lvm.create(self.group, [*shape, self.group.name], name, [unfinished])
-        origin = self._named(name)
+        origin = self._unfinished(name)
         lvm.activate(self.group, origin)
         target = mapper.linear(self._existing(origin))
         with mapper.device_over(target, record.size_bytes, origin.uuid, writable=True) as path, Device.open_writing(path) as device:
@@ -239,7 +237,7 @@ class LvmSnapshotSubstrate(LvmSubstrate):
 
         NoSpace before anything is made.
         """
-        free, most = lvm.group(self.group.name).free_bytes, cow_bytes(origin.size_bytes, CHUNK_BYTES)
+        free, most = lvm.free_bytes(self.group), cow_bytes(origin.size_bytes, CHUNK_BYTES)
         if room_bytes is not None:
             size = min(most, cow_bytes(room_bytes, CHUNK_BYTES) + _SLACK_BYTES)
         elif writable:
@@ -280,7 +278,7 @@ class LvmSnapshotSubstrate(LvmSubstrate):
             return
         unfinished = tags.unfinished_tag(base.volume)
         room_bytes = room_bytes if room_bytes is None else room_bytes + self._bytes_apart(source, record)
-        made = self._named(self._snapshot(origin, [unfinished], writable=True, room_bytes=room_bytes))
+        made = self._unfinished(self._snapshot(origin, [unfinished], writable=True, room_bytes=room_bytes))
         self._copy(source, made, record)
         failpoint("substrate.begin.before_rename")
         lvm.retag(self.group, made, drop=[unfinished], add=tagged)
@@ -356,7 +354,7 @@ class LvmSnapshotSubstrate(LvmSubstrate):
             size = min(most, status.used_bytes + cow_bytes(coming_bytes, CHUNK_BYTES) + _SLACK_BYTES)
             if status.valid and size > status.total_bytes:
                 wanted.append((snapshot, size))
-        growth, free = sum(size - snapshot.size_bytes for snapshot, size in wanted), lvm.group(self.group.name).free_bytes
+        growth, free = sum(size - snapshot.size_bytes for snapshot, size in wanted), lvm.free_bytes(self.group)
         if growth + len(wanted) * self.group.extent_bytes > free:
             raise self._no_space("the generations that keep what is overwritten", growth, free)
         for snapshot, size in wanted:

@@ -151,7 +151,7 @@ class LvmSubstrate(ABC):
                     name = self._snapshot(operational, [tags.unfinished_tag(volume)], writable=False)
                 milliseconds = freeze.milliseconds
             failpoint("substrate.take.before_record")
-            taken = self._named(name)
+            taken = self._unfinished(name)
             failpoint("substrate.take.before_rename")
             lvm.retag(self.group, taken, drop=[tags.unfinished_tag(volume)], add=[tags.generation_tag(facts)])
         failpoint("substrate.take.after")
@@ -246,7 +246,7 @@ class LvmSubstrate(ABC):
             held.refuse_taken(facts)
             self._settle(volume, workspace)
             failpoint("substrate.commit.before_rename")
-            lvm.retag(self.group, volume, drop=sorted(volume.tags), add=[tags.generation_tag(facts)])
+            lvm.retag(self.group, volume, drop=sorted(volume.tags), add=[tags.generation_tag(facts)], writable=False)
             failpoint("substrate.commit.after_rename")
             self._after_change(workspace.volume)
 
@@ -265,7 +265,8 @@ class LvmSubstrate(ABC):
             failpoint("substrate.replace.before")
             # An origin is never displaced: what is a generation in its own right goes before what an origin holds.
             displacing = [] if old in held.origins.values() else [tags.instead_of_tag(old.uuid)]
-            lvm.retag(self.group, volume, drop=sorted(volume.tags), add=[tags.generation_tag(held.facts[generation]), *displacing])
+            taking = [tags.generation_tag(held.facts[generation]), *displacing]
+            lvm.retag(self.group, volume, drop=sorted(volume.tags), add=taking, writable=False)
             failpoint("substrate.replace.after")
             self._sweep()
             self._after_change(generation.volume)
@@ -304,19 +305,18 @@ class LvmSubstrate(ABC):
             attached.__exit__(None, None, None)
 
     def _settle(self, volume: LogicalVolume, workspace: Workspace) -> None:
-        """Refuse a workspace in use, make what was written to it durable, and let LVM keep it read-only from here on."""
+        """Refuse a workspace in use, and make what was written to it durable."""
         mapper.refuse_in_use(volume.uuid, f"the {workspace.kind} volume")
-        with self._device(volume, self._held().volume(workspace.volume), writable=not volume.read_only) as device:
-            device_fd = os.open(device, (os.O_RDONLY if volume.read_only else os.O_RDWR) | os.O_CLOEXEC)
+        with self._device(volume, self._held().volume(workspace.volume), writable=True) as device:
+            device_fd = os.open(device, os.O_RDWR | os.O_CLOEXEC)
             try:
                 os.fsync(device_fd)
             finally:
                 os.close(device_fd)
-        if not volume.read_only:
-            lvm.change(self.group, volume.name, "--permission", "r")
 
-    def _named(self, name: str) -> LogicalVolume:
-        return next(found for found in lvm.volumes(self.group) if found.name == name)
+    def _unfinished(self, name: str) -> LogicalVolume:
+        """Return what was made just now and has no meaning yet."""
+        return next(found for found in self._held().meaningless if found.name == name)
 
     def _sweep(self) -> None:
         """Remove what has no meaning and is not in use, snapshots before their origins; the rest goes at the next sweep."""
