@@ -31,6 +31,7 @@ class Config:
     substrate: str = "reflink"
     volume_group: str = ""
     snapshot_percent: float = 25.0
+    metrics_textfile: str = ""
 
 
 def read_config(path: Path) -> Config:

@@ -6,6 +6,7 @@ authority      certificates for both ends of a transfer
 determination  the verdict per file, from recorded facts alone
 report, view   the one account of what happened; tables, JSON and HTML are skins on it
 catalog        what is remembered of volumes, transfers, notifications and salvages
+fencing        the proof that a node cannot write any more
 run            the operations: replicate, salvage and the rest
 lab, drill     three nodes on one machine, and the failure rehearsed on them
 cli            the commands

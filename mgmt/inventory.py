@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import stat
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,9 +12,21 @@ import cattrs
 
 from agent.contract.errors import ConfigInvalid, NameRefused
 from agent.contract.identity import plain_name
+from mgmt.fencing.kinds import FenceKind
 
 DEFAULT_PATH: Final = Path("/etc/landfall/landfall.toml")
 _NO_FILE: Final = "Name the configuration with --config (landfall.toml.sample has every key), or a local lab with --lab."
+
+
+@dataclass(frozen=True, slots=True)
+class FenceOptions:
+    """What a node's fence needs; what is for another fence is not looked at."""
+
+    program: tuple[str, ...] = ()  # command: the operator's program and its arguments
+    domain: str = ""  # libvirt: the virtual machine, where it is not called as the node is
+    uri: str = "qemu:///system"  # libvirt: the hypervisor
+    directory: Path | None = None  # lab: its folder
+    limit_s: float = 60.0  # in which it must answer, beyond what a lease or a person takes
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +39,9 @@ class NodeEntry:
     host_key: str  # `ssh-ed25519 AAAA...`: the only one accepted
     ssh_port: int = 22
     ssh_user: str = "root"
+    fence: str = ""  # how it is proved that it cannot write, one of mgmt.fencing's; empty: it cannot be proved
+    fence_options: FenceOptions = field(default_factory=FenceOptions)
+    pausable: bool = False  # a virtual machine: its clock may stand still while others take over
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +58,10 @@ class Inventory:
     rate_limit_bytes_s: int = 0  # of a transfer; 0: none
     keep_generations: int = 16  # of each volume, on each node
     resume_attempts: int = 5  # of one `landfall replicate`, while both nodes live
+    cycle_s: float = 5.0  # of `landfall watch`
+    metrics_address: str = "127.0.0.1"  # where `landfall watch` answers Prometheus
+    metrics_port: int = 0  # 0: nowhere
+    probe_limit_s: float = 3.0  # in which a living node takes a connection
 
     def entry(self, name: str) -> NodeEntry:
         """Return a node by name."""
@@ -96,19 +115,40 @@ def _check(path: Path, inventory: Inventory) -> None:
             raise ConfigInvalid(f"{where}.ssh_key cannot be read", cause=str(error)) from error
         if mode & 0o077:
             raise ConfigInvalid(f"{where}.ssh_key can be read by others (mode {mode:04o})", fix=f"chmod 600 {node.ssh_key}")
+        _check_fence(where, node)
     if inventory.keep_generations < 2:
         raise ConfigInvalid(f"{path}: keep_generations must be at least 2: a base and a target")
-    limits = ("connect_limit_s", "answer_limit_s", "silence_limit_s", "streams", "resume_attempts")
+    limits = ("connect_limit_s", "answer_limit_s", "silence_limit_s", "streams", "resume_attempts", "cycle_s", "probe_limit_s")
     for key in limits:
         if getattr(inventory, key) <= 0:
             raise ConfigInvalid(f"{path}: {key} must be above 0")
+    if not 0 <= inventory.metrics_port < 65536:
+        raise ConfigInvalid(f"{path}: metrics_port is no port")
     if inventory.rate_limit_bytes_s < 0:
         raise ConfigInvalid(f"{path}: rate_limit_bytes_s must not be below 0")
 
 
+def _check_fence(where: str, node: NodeEntry) -> None:
+    known = ", ".join(kind.value for kind in FenceKind)
+    if node.fence and node.fence not in set(FenceKind):
+        raise ConfigInvalid(f"{where}.fence is {node.fence!r}, it must be one of {known}")
+    if node.fence == FenceKind.COMMAND and not node.fence_options.program:
+        raise ConfigInvalid(f"{where}.fence_options.program must name the program that fences")
+    if node.fence == FenceKind.LAB and node.fence_options.directory is None:
+        raise ConfigInvalid(f"{where}.fence_options.directory must say where the lab is")
+    if node.pausable and node.fence in {FenceKind.LEASE, FenceKind.SSH_STOP}:
+        raise ConfigInvalid(
+            f"{where}.fence is {node.fence}, which proves nothing of a node that can be paused",
+            cause="its clock stands still with it, and when it wakes, its kernel writes before its agent looks",
+            fix="Use libvirt or command.",
+        )
+    if node.fence_options.limit_s <= 0:
+        raise ConfigInvalid(f"{where}.fence_options.limit_s must be above 0")
+
+
 def _converter(folder: Path) -> cattrs.Converter:
     converter = cattrs.Converter(forbid_extra_keys=True, detailed_validation=True)
-    for kind, allowed in ((int, (int,)), (str, (str,)), (float, (int, float))):
+    for kind, allowed in ((bool, (bool,)), (int, (int,)), (str, (str,)), (float, (int, float))):
         converter.register_structure_hook(kind, _exactly(allowed))
     converter.register_structure_hook(Path, lambda value, _: folder / _exactly((str,))(value, str))
     return converter

@@ -2,9 +2,10 @@
 # Brings a Debian or Ubuntu machine to where Landfall's lab and tests run: kernel features, system packages,
 # and the locked virtual environment in build/venv. Run again, it skips what is there.
 #
-#   setup.sh [--bench] [--guest] [--venv-only]
+#   setup.sh [--test] [--bench] [--guest] [--vm] [--venv-only]
 #
-# --bench adds the peers of the benchmarks; --guest the guest that has device-mapper, and LVM; --venv-only makes the virtual environment alone, for which root is not needed.
+# --test adds promtool, which judges metrics and alerts; --bench adds the peers of the benchmarks; --guest the guest that has device-mapper, and LVM;
+# --vm what the VM lab runs on (vagrant/README.md); --venv-only makes the virtual environment alone, for which root is not needed.
 # Exit status 2 means that this machine cannot run the lab as it is; the one sentence printed says how to mend it.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -12,20 +13,24 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 say() { printf 'landfall: %s\n' "$*" >&2; }
 refuse() { say "$*"; exit 2; }
 
-bench=no guest=no venv_only=no
+test=no bench=no guest=no vm=no venv_only=no
 for argument in "$@"; do
     case "$argument" in
+        --test) test=yes ;;
         --bench) bench=yes ;;
         --guest) guest=yes ;;
+        --vm) vm=yes ;;
         --venv-only) venv_only=yes ;;
-        *) refuse "unknown argument $argument; use --bench, --guest or --venv-only." ;;
+        *) refuse "unknown argument $argument; use --test, --bench, --guest, --vm or --venv-only." ;;
     esac
 done
 
-lab_packages=(samba smbclient openssh-server openssh-client xfsprogs btrfs-progs e2fsprogs attr acl nftables iproute2
+lab_packages=(samba smbclient systemd openssh-server openssh-client xfsprogs btrfs-progs e2fsprogs attr acl nftables iproute2
     util-linux mount)
 bench_packages=(fio qemu-utils libnbd-bin nbdkit)
 guest_packages=(user-mode-linux lvm2 thin-provisioning-tools kmod iproute2)
+vm_packages=(vagrant vagrant-libvirt libvirt-daemon libvirt-daemon-system libvirt-clients qemu-system-x86 qemu-utils dnsmasq-base
+    iptables mmdebstrap debian-archive-keyring busybox-static cpio grub-common grub-pc-bin fdisk kmod openssh-client smbclient zstd)
 venv=build/venv
 
 check_kernel() {
@@ -78,6 +83,17 @@ apt_install() {
     DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 apt-get install -q -y --no-install-recommends "$@" >&2
 }
 
+# Prometheus and its hundreds of megabytes are not wanted, only the one program of it; so it is unpacked here and not installed.
+fetch_promtool() {
+    [ ! -x build/promtool/usr/bin/promtool ] || return 0
+    command -v promtool >/dev/null && return 0
+    say "fetching promtool"
+    rm -rf build/promtool
+    mkdir -p build/promtool
+    (cd build/promtool && { apt-get download -qq prometheus || { apt-get update -q >&2 && apt-get download -qq prometheus; }; } >&2 &&
+        dpkg-deb -x prometheus_*.deb . && rm prometheus_*.deb) || refuse "promtool could not be fetched; install the package prometheus and run this again."
+}
+
 find_python() {
     local candidate
     for candidate in python3 python3.14 python3.13 python3.12 python3.11; do
@@ -123,7 +139,9 @@ if [ "$venv_only" = no ]; then
     wanted_packages=("${lab_packages[@]}")
     [ "$bench" = no ] || wanted_packages+=("${bench_packages[@]}")
     [ "$guest" = no ] || wanted_packages+=("${guest_packages[@]}")
+    [ "$vm" = no ] || wanted_packages+=("${vm_packages[@]}")
     mapfile -t missing < <(missing_packages "${wanted_packages[@]}")
     [ ${#missing[@]} = 0 ] || install_packages "${missing[@]}"
+    [ "$test" = no ] || fetch_promtool
 fi
 make_venv

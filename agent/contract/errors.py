@@ -245,6 +245,18 @@ class VerifyFailed(LandfallError):
     code, exit_code, retry, fix = "verify-failed", 47, Retry.LATER, "Check the disk of the node; then run it again."
 
 
+class ReplicaDiffers(LandfallError):
+    """The two nodes' copies of a generation are not equal, or one is not what its digest table says; the report names the files."""
+
+    code, exit_code, retry, fix = "replica-differs", 90, Retry.OPERATOR, "`landfall verify VOLUME --heal`, then look at the node's disk."
+
+
+class CheckFailed(LandfallError):
+    """`landfall check` found something that would fail on the bad night; the list says what, and what to do about each."""
+
+    code, exit_code, retry, fix = "check-failed", 91, Retry.OPERATOR, "Mend what is FAILED, then run `landfall check` again."
+
+
 class FailpointHit(LandfallError):
     """A failpoint that a test armed raised here."""
 
@@ -319,6 +331,45 @@ class GenerationInvalid(LandfallError):
         66,
         Retry.OPERATOR,
         "Drop it, replicate from another generation that both nodes hold, and give snapshots more room (snapshot_percent; lvextend).",
+    )
+
+
+class EpochStale(LandfallError):
+    """The order names another epoch than the node's own: somebody was promoted meanwhile, or the order is out of date. Nothing was done."""
+
+    code, exit_code, retry, fix = (
+        "epoch-stale",
+        56,
+        Retry.OPERATOR,
+        "`landfall status` shows who is primary at the highest epoch; order it of that node.",
+    )
+
+
+class NotPrimary(LandfallError):
+    """Only the primary of a volume may serve it, hold its address, or have a lease for it; this node is its secondary. Nothing was done."""
+
+    code, exit_code, retry, fix = "not-primary", 57, Retry.OPERATOR, "`landfall status` shows who is; `landfall failover` changes it."
+
+
+class FenceMissing(LandfallError):
+    """No fence is configured for a node, so nothing can prove that it does not write any more. Nothing was changed."""
+
+    code, exit_code, retry, fix = (
+        "fence-missing",
+        80,
+        Retry.OPERATOR,
+        "Give the node a `fence` in landfall.toml (`manual` asks you), or `--force`, which is recorded as a split brain.",
+    )
+
+
+class FenceUnproved(LandfallError):
+    """The fence of a node gave no proof that it cannot write any more; its exit code and words are in the cause. Nothing was promoted."""
+
+    code, exit_code, retry, fix = (
+        "fence-unproved",
+        81,
+        Retry.OPERATOR,
+        "Switch the node off and run it again; `--force` promotes without proof and is recorded as a split brain.",
     )
 
 

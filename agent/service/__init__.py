@@ -1,40 +1,70 @@
 """What the agent does when it is asked: one module per noun of the control plane, one function per verb.
 
 node         what the handlers work on: configuration, substrate, transfers, outbox, exports; one job per volume
-volumes      create, admit, list, serve, unserve
+volumes      create, admit, list
+serving      promote, serve, unserve, demote
+peers        probe
 generations  take, drop, open, close
+verification examine, digests, owners
 sending      build, send (NAS 1)
-receiving    receive (NAS 2)
 transfers    list, fetch, discard
+mending      blocks of a generation that is damaged on one node
+receiving    receive (NAS 2)
 salvages     update, undo
 outbox       notifications kept for the management node
 devices      what block devices there are
+health       what a preflight must know
 show         a DMI in words
+metrics      a file for Prometheus
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from agent.config import Config
 from agent.contract import messages as m
-from agent.service import devices, generations, receiving, salvages, sending, transfers, volumes
+from agent.service import (
+    devices,
+    generations,
+    health,
+    mending,
+    peers,
+    receiving,
+    salvages,
+    sending,
+    serving,
+    transfers,
+    verification,
+    volumes,
+)
+from agent.service.metrics import TextFile
 from agent.service.node import Node, ProgressCall
 
 HANDLERS: dict[type[Any], Callable[[Node, Any, ProgressCall], Any]] = {
     m.Hello: lambda node, arguments, progress: node.facts(),
+    m.AskHealth: health.health,
+    m.OpenPath: health.open_path,
+    m.TryPath: health.try_path,
     m.ListDevices: devices.list_devices,
     m.CreateVolume: volumes.create,
     m.AdmitReplica: volumes.admit,
     m.ListVolumes: volumes.list_volumes,
-    m.ServeVolume: volumes.serve,
-    m.StopServing: volumes.unserve,
+    m.PromoteVolume: serving.promote,
+    m.ServeVolume: serving.serve,
+    m.StopServing: serving.unserve,
+    m.DemoteVolume: serving.demote,
     m.TakeGeneration: generations.take,
     m.DropGeneration: generations.drop,
     m.OpenGeneration: generations.open_generation,
     m.CloseGeneration: generations.close_generation,
+    m.ExamineGeneration: verification.examine,
+    m.FetchDigests: verification.fetch_digests,
+    m.FindOwners: verification.find_owners,
     m.BuildTransfer: sending.build_transfer,
+    m.BuildMend: mending.build_mend,
     m.ReceiveTransfer: receiving.receive,
     m.SendTransfer: sending.send_transfer,
     m.ListTransfers: transfers.list_transfers,
@@ -43,6 +73,7 @@ HANDLERS: dict[type[Any], Callable[[Node, Any, ProgressCall], Any]] = {
     m.DiscardTransfer: transfers.discard,
     m.UpdateInstruction: salvages.update,
     m.UndoSalvage: salvages.undo_salvage,
+    m.ProbePeer: peers.probe,
     m.ReadOutbox: lambda node, arguments, progress: m.Outbox(node.outbox.read(arguments.after, arguments.wait_s)),
     m.AcknowledgeOutbox: lambda node, arguments, progress: _acknowledge(node, arguments),
 }
@@ -56,12 +87,15 @@ class Service:
         if set(HANDLERS) != {arguments for arguments, _ in m.VERBS.values()}:
             raise RuntimeError("a verb has no handler")
         self._node = Node(config)
+        self._metrics: TextFile | None = None
 
     def recover(self) -> None:
         """Finish or sweep what the last run of the agent left half done."""
         self._node.recover()
         transfers.recover(self._node)
         salvages.recover(self._node)
+        if self._node.config.metrics_textfile:
+            self._metrics = TextFile(self._node, Path(self._node.config.metrics_textfile))
 
     def handle(self, arguments: Any, progress: ProgressCall) -> Any:
         """Return the answer to a request: the verb's result, or bytes for a blob."""
@@ -69,6 +103,8 @@ class Service:
 
     def close(self) -> None:
         """End what runs in the background; transfers stay resumable."""
+        if self._metrics is not None:
+            self._metrics.close()
         self._node.close()
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from agent.contract import messages as m
 from agent.contract.errors import DeviceBusy
 from agent.contract.identity import GenerationId, GenerationKind, next_generation
 from agent.differential import build as differential
-from agent.service.node import OPENED, Node, ProgressCall
+from agent.differential.reader import View
+from agent.service.node import OPENED, Node, ProgressCall, open_mount
 from agent.system.clock import wall_ns
 from agent.volume import filesystem
 from agent.volume.substrate import VolumeRecord
@@ -22,7 +25,7 @@ def take(node: Node, arguments: m.TakeGeneration, progress: ProgressCall) -> m.T
         facts = m.GenerationFacts(next_generation(record.id, record.epoch, newest), GenerationKind.FROZEN, wall_ns())
         mount_point = node.mount_point(record) if node.serving(record) else None
         if mount_point is None:
-            _settle(node, record)
+            settle(node, record)
         frozen_ms = node.substrate.take(record.id, mount_point, facts)
     return m.Taken(facts, frozen_ms)
 
@@ -58,7 +61,20 @@ def close_generation(node: Node, arguments: m.CloseGeneration, progress: Progres
     return m.Done()
 
 
-def _settle(node: Node, record: VolumeRecord) -> None:
+@contextmanager
+def view(node: Node, record: VolumeRecord, generation: GenerationId, purpose: str) -> Iterator[View]:
+    """Yield a generation's device and read-only mount, in the private folder of one ``purpose``."""
+    mount_point = node.private_folder(purpose, f"{record.id}-{generation.name}")
+    with node.substrate.reading(generation) as device:
+        filesystem.mount(device, mount_point, record.filesystem, read_only=True)
+        try:
+            with open_mount(mount_point) as mount_fd:
+                yield View(device, mount_point, mount_fd)
+        finally:
+            filesystem.unmount(mount_point)
+
+
+def settle(node: Node, record: VolumeRecord) -> None:
     """Let the filesystem of a volume that is not mounted replay its journal: after a crash the device alone is not what it holds."""
     mount_point = node.private_folder("settle", str(record.id))
     with node.substrate.operational(record.id) as device:

@@ -136,7 +136,7 @@ def create(of: Group, arguments: Sequence[str], name: str, tags: Sequence[str] =
 
 def retag(of: Group, volume: LogicalVolume, *, add: Sequence[str] = (), drop: Sequence[str] = (), writable: bool | None = None) -> None:
     """Change the tags of a logical volume, and whether it may be written, in one commit: all of it, or nothing."""
-    drop, add = [tag for tag in drop if tag not in add], [tag for tag in add if tag not in volume.tags]
+    drop = [tag for tag in drop if tag not in add]
     permission = [] if writable is None or writable is not volume.read_only else ["--permission", "rw" if writable else "r"]
     _lvm(["lvchange", *_options("--deltag", drop), *_options("--addtag", add), *permission, f"{of.name}/{volume.name}"])
 
@@ -179,8 +179,11 @@ def poll(of: Group, origin: LogicalVolume) -> None:
     _lvm(["lvchange", "--poll", "y", f"{of.name}/{origin.name}"], settings="polling_interval=1")
 
 
-def dm_uuid(of: Group, volume_uuid: str, layer: str = "") -> str:
-    """Return the identity by which the kernel knows LVM's own device of a logical volume, or of a hidden layer of it."""
+def dm_uuid(of: Group, volume_uuid: str = "", layer: str = "") -> str:
+    """Return the identity by which the kernel knows LVM's own device of a logical volume, or of a hidden layer of it.
+
+    Without a volume: what those of all volumes of the group begin with.
+    """
     identity = f"{of.uuid}{volume_uuid}".replace("-", "")
     return f"LVM-{identity}-{layer}" if layer else f"LVM-{identity}"
 

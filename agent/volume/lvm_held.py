@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from uuid import UUID
 
-from agent.contract.errors import NoSuchGeneration, NoSuchTransfer, NoSuchVolume, RequestRefused
+from agent.contract.errors import LandfallError, NoSuchGeneration, NoSuchTransfer, NoSuchVolume, RequestRefused
 from agent.contract.identity import GenerationId, empty_generation
-from agent.contract.messages import GenerationFacts
+from agent.contract.messages import GenerationFacts, Unreadable
 from agent.volume import lvm_tags as tags
 from agent.volume.lvm import LogicalVolume
 from agent.volume.substrate import VolumeRecord, Workspace
@@ -25,6 +25,7 @@ class Held:
     operational: dict[UUID, LogicalVolume]
     origins: dict[UUID, LogicalVolume]  # of classic snapshots
     meaningless: tuple[LogicalVolume, ...]
+    unreadable: tuple[Unreadable, ...] = ()
 
     def volume(self, volume: UUID) -> VolumeRecord:
         """Return a volume's record; NoSuchVolume."""
@@ -43,7 +44,7 @@ class Held:
         """Return a volume's generations, oldest first."""
         self.volume(volume)
         found = [facts for facts in self.facts.values() if facts.id.volume == volume]
-        return tuple(sorted(found, key=lambda facts: (facts.id.counter, facts.id.epoch, facts.id.nonce)))
+        return tuple(sorted(found, key=lambda facts: (facts.id.epoch, facts.id.counter, facts.id.nonce)))
 
     def workspace(self, workspace: Workspace) -> LogicalVolume:
         """Return what holds a workspace; NoSuchTransfer."""
@@ -76,20 +77,31 @@ class Held:
             raise RequestRefused(f"generation {facts.id.name} is here already")
 
 
-def read(ours: Sequence[LogicalVolume]) -> Held:
-    """Return what logical volumes mean. The tag on g0 is the volume: what belongs to none has no meaning."""
+def read(ours: Sequence[LogicalVolume], group: str) -> Held:
+    """Return what logical volumes mean. The tag on g0 is the volume: what belongs to none has no meaning.
+
+    As long as some tag cannot be read, what seems to belong to none may belong to that, and is left alone.
+    """
     displaced = frozenset[str]().union(*(tags.displaced(found.tags) for found in ours))
     held = Held({}, {}, {}, {}, {}, {}, ())
+    unreadable: dict[str, Unreadable] = {}
     for found in ours:
-        if (record := tags.read_volume(found.tags)) is not None:
-            held.volumes[record.id] = record
+        try:
+            if (record := tags.read_volume(found.tags)) is not None:
+                held.volumes[record.id] = record
+            _meaning(found)
+        except LandfallError as error:
+            unreadable[found.uuid] = Unreadable(None, f"{group}/{found.name}", str(error))
     meaningless: list[LogicalVolume] = []
     for found in ours:
-        facts, workspace = tags.read_generation(found.tags), tags.read_workspace(found.tags)
-        operational, origin, unfinished = (tags.read_uuid(found.tags, what) for what in ("operational", "origin", "unfinished"))
+        if found.uuid in unreadable:
+            continue
+        facts, workspace, operational, origin, unfinished = _meaning(found)
         of = facts.id.volume if facts else workspace.volume if workspace else operational or origin
-        if unfinished or found.uuid in displaced or (of is not None and of not in held.volumes):
+        if unfinished or found.uuid in displaced:
             meaningless.append(found)
+        elif of is not None and of not in held.volumes:
+            meaningless += [] if unreadable else [found]
         elif facts:
             held.facts[facts.id], held.generations[facts.id] = facts, found
         elif workspace:
@@ -99,4 +111,12 @@ def read(ours: Sequence[LogicalVolume]) -> Held:
                 held.operational[operational] = found
             if origin:
                 held.origins[origin] = found
-    return replace(held, meaningless=tuple(meaningless))
+    return replace(held, meaningless=tuple(meaningless), unreadable=tuple(unreadable.values()))
+
+
+def _meaning(found: LogicalVolume) -> tuple[GenerationFacts | None, Workspace | None, UUID | None, UUID | None, UUID | None]:
+    """Return (generation, workspace, operational volume of, origin of, unfinished thing of) by a logical volume's tags."""
+    operational, origin, unfinished = (tags.read_uuid(found.tags, what) for what in ("operational", "origin", "unfinished"))
+    tags.read_generation(found.tags, "holds")  # whoever has origins reads it; what cannot be read is to be known here
+    tags.read_becoming(found.tags)
+    return tags.read_generation(found.tags), tags.read_workspace(found.tags), operational, origin, unfinished

@@ -51,6 +51,7 @@ from agent.contract.errors import (
 )
 from agent.contract.identity import BLOCK_BYTES, GenerationId, GenerationKind, empty_generation
 from agent.contract.messages import GenerationFacts, Role
+from agent.contract.messages import newest as newest_of
 from agent.system.clock import wait_until
 from agent.system.failpoint import failpoint
 from agent.volume import chunks, lvm, lvm_held, mapper
@@ -195,9 +196,9 @@ class LvmSnapshotSubstrate(LvmSubstrate):
         """Read what every logical volume is. One that LVM is merging is nothing any more; one that is no snapshot yet, nothing yet."""
         found = [volume for volume in lvm.volumes(self.group) if _is_ours(volume)]
         plain = [volume for volume in found if not volume.origin and volume.kind != _ZERO_KIND]
-        half = tuple(volume for volume in plain if tags.read_uuid(volume.tags, "origin") is None)
+        half = tuple(volume for volume in plain if not any(tag.startswith("landfall/origin/") for tag in volume.tags))
         alive = [volume for volume in found if volume not in half and not (volume.merging and volume.origin)]
-        held = lvm_held.read(alive)
+        held = lvm_held.read(alive, self.group.name)
         there = {volume.uuid for volume in alive}
         for origin in held.origins.values():
             facts = tags.read_generation(origin.tags, "holds")
@@ -309,11 +310,11 @@ class LvmSnapshotSubstrate(LvmSubstrate):
         The origin is read-only for LVM too, but while it is journalled as becoming what a snapshot holds.
         """
         held = self._held()
-        if volume not in held.volumes or volume in held.operational:
+        if volume not in held.volumes or volume in held.operational or held.unreadable:
             return
         self._activate(volume)
         origin, record = self._held().origins[volume], held.volume(volume)
-        newest = held.generations_of(volume)[-1]
+        newest = newest_of(held.generations_of(volume))
         source, becoming = held.generation(newest.id), tags.read_becoming(origin.tags)
         if source.origin:
             for used, what in ((origin, "the origin"), (source, f"generation {newest.id.name}")):

@@ -23,7 +23,7 @@ from uuid import UUID
 
 from agent.contract.errors import BaseMismatch, LandfallError, LayoutUnsupported, NotOurs, RequestRefused, VolumeExists
 from agent.contract.identity import BLOCK_BYTES, GenerationId, GenerationKind, empty_generation, plain_name
-from agent.contract.messages import GenerationFacts, Role
+from agent.contract.messages import GenerationFacts, Role, Unreadable
 from agent.system import blockdev
 from agent.system.failpoint import failpoint
 from agent.volume import lvm, mapper
@@ -83,6 +83,10 @@ class LvmSubstrate(ABC):
     def volumes(self) -> tuple[VolumeRecord, ...]:
         """Return every volume held here, by name."""
         return tuple(sorted(self._held().volumes.values(), key=lambda record: (record.name, str(record.id))))
+
+    def unreadable(self) -> tuple[Unreadable, ...]:
+        """Return the logical volumes whose tags cannot be read, and why."""
+        return self._held().unreadable
 
     def create(self, record: VolumeRecord) -> None:
         """Make a volume with g0; a primary also gets an empty operational volume. VolumeExists, NoSpace.
@@ -348,6 +352,8 @@ class LvmSubstrate(ABC):
         lock_fd = os.open(_LOCKS / f"landfall-{self.group.uuid}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
             fcntl.flock(lock_fd, fcntl.LOCK_EX)
+            # Whoever of ours changes the group has this lock, so what stays suspended is what a killed program of LVM's left.
+            mapper.resume_left(lvm.dm_uuid(self.group))
             yield
         finally:
             os.close(lock_fd)

@@ -127,9 +127,8 @@ class LvmThinSubstrate(LvmSubstrate):
     # --- steps ---
 
     def _read(self) -> Held:
-        return lvm_held.read(
-            [found for found in lvm.volumes(self.group) if found.pool == self.pool_volume.uuid and found.thin_id is not None]
-        )
+        found = lvm.volumes(self.group)
+        return lvm_held.read([one for one in found if one.pool == self.pool_volume.uuid and one.thin_id is not None], self.group.name)
 
     def _need_room(self, what: str) -> None:
         """Raise NoSpace above the limits, before anything is made; DeviceFailed for a pool that must be repaired."""

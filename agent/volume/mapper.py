@@ -121,6 +121,17 @@ def by_identity(identity: str) -> Path | None:
     return found[0] if found else None
 
 
+def resume_left(prefix: str) -> None:
+    """Resume the devices that stay suspended, of those whose identity begins so: until then they take no reader and no writer."""
+
+    def suspended() -> list[Path]:
+        return [device for device in _devices(prefix) if _suspended(device)]
+
+    if suspended() and not wait_until(lambda: not suspended(), _GRACE_S):
+        for device in suspended():
+            dmsetup(["resume", (_SYS / device.name / "dm" / "name").read_text().strip()])
+
+
 def pool_status(pool: Path) -> PoolStatus:
     """Return the status of a thin pool (Documentation/admin-guide/device-mapper/thin-provisioning.rst); DeviceFailed if it has failed."""
     text = dmsetup(["status", str(pool)]).text.strip()
@@ -166,6 +177,13 @@ def dmsetup(arguments: list[str]) -> Output:
 
 def _devices(prefix: str) -> list[Path]:
     return [Path("/dev") / folder.name for folder in _SYS.glob("dm-*") if _identity(folder).startswith(prefix)]
+
+
+def _suspended(device: Path) -> bool:
+    try:
+        return (_SYS / device.name / "dm" / "suspended").read_text().strip() == "1"
+    except OSError:
+        return False
 
 
 def _identity(folder: Path) -> str:

@@ -20,7 +20,7 @@ from mgmt.reach import Node, ssh_node
 Teller = Callable[[str, Progress], None]
 """Told, with the name of the node that is at work, how far a long step is."""
 
-HELLO_LIMIT_S = 10.0
+HELLO_LIMIT_S = 20.0
 
 
 def nobody(node: str, progress: Progress) -> None:

@@ -37,6 +37,8 @@ from tests.storage.conformance import (
 )
 from tests.storage.volume_groups import volume_group
 
+pytestmark = pytest.mark.device_mapper
+
 GROUP_BYTES = 256 << 20
 
 

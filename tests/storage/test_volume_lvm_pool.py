@@ -18,7 +18,9 @@ from agent.volume import filesystem, lvm, mapper
 from agent.volume.lvm_thin import Limits, LvmThinSubstrate
 from agent.volume.substrate import Workspace, WorkspaceKind
 from tests.storage.conformance import Bench, Call, block_of, blocks_of, facts_after, in_child, read, record, taken, write
-from tests.storage.volume_groups import needs_device_mapper, volume_group
+from tests.storage.volume_groups import volume_group
+
+pytestmark = pytest.mark.device_mapper
 
 POOL_BYTES = 160 << 20
 
@@ -51,7 +53,6 @@ def test_a_group_without_the_tag_is_not_touched(tmp_path: Path) -> None:
 
 
 def test_a_group_that_is_not_there_is_refused() -> None:
-    needs_device_mapper()
     with pytest.raises(NotOurs):
         LvmThinSubstrate("landfall-not-there")
 
@@ -66,6 +67,23 @@ def test_without_lvm2_the_package_is_named(substrate: LvmThinSubstrate, monkeypa
 def test_the_pool_errors_when_it_is_full_instead_of_waiting(substrate: LvmThinSubstrate) -> None:
     table = subprocess.run(["dmsetup", "table", substrate._pool()], capture_output=True, text=True, check=True).stdout
     assert "error_if_no_space" in table
+
+
+def test_B12_tags_that_cannot_be_read_hide_nothing_and_nothing_of_theirs_is_swept(substrate: LvmThinSubstrate) -> None:
+    volume, other = record(), record()
+    for made in (volume, other):
+        substrate.create(made)
+        taken(substrate, made.id, {1: block_of(made.name)})
+    before = len(lvm.volumes(substrate.group))
+    g0 = substrate._held().record_of(volume.id)
+    (tag,) = (tag for tag in g0.tags if tag.startswith("landfall/volume/"))
+    lvm.retag(substrate.group, g0, drop=[tag], add=[tag.replace("/1/", "/9/", 1)])
+    substrate.recover()
+    assert substrate.volumes() == (other,)
+    assert [found.where for found in substrate.unreadable()] == [f"{substrate.group.name}/{g0.name}"]
+    assert len(lvm.volumes(substrate.group)) == before
+    lvm.retag(substrate.group, g0, drop=[tag.replace("/1/", "/9/", 1)], add=[tag])
+    assert len(substrate.generations(volume.id)) == 2
 
 
 def test_E6_E7_nothing_is_begun_above_a_limit(substrate: LvmThinSubstrate) -> None:

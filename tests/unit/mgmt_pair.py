@@ -45,6 +45,8 @@ class Pair:
         self.outbox: list[m.Notification] = []
         self.notify_on_loss = True
         self.serving = {"nas1": True, "nas2": False}
+        self.role = {"nas1": m.Role.PRIMARY, "nas2": m.Role.SECONDARY}
+        self.epoch = {"nas1": 1, "nas2": 1}
         self.nas1 = FakeAgent(
             "nas1",
             {
@@ -92,6 +94,10 @@ class Pair:
             self.serving[node] = True
             return self.facts(node)[0]
 
+        def promote(asked: m.PromoteVolume) -> m.VolumeFacts:
+            self.role[node], self.epoch[node] = m.Role.PRIMARY, asked.epoch
+            return self.facts(node)[0]
+
         def stop(_: m.StopServing) -> m.VolumeFacts:
             self.serving[node] = False
             return self.facts(node)[0]
@@ -104,6 +110,7 @@ class Pair:
             m.ListTransfers: lambda _: m.Transfers(tuple(self.transfers[node].values())),
             m.DiscardTransfer: discard,
             m.DropGeneration: drop,
+            m.PromoteVolume: promote,
             m.ServeVolume: serve,
             m.StopServing: stop,
             m.ReadOutbox: lambda _: m.Outbox(tuple(self.outbox) if node == "nas2" else ()),
@@ -113,16 +120,16 @@ class Pair:
     def facts(self, node: str) -> tuple[m.VolumeFacts, ...]:
         if self.volume is None or (node == "nas2" and not self.admitted):
             return ()
-        role, volume = m.Role.PRIMARY if node == "nas1" else m.Role.SECONDARY, self.volume
+        volume = self.volume
         return (
             m.VolumeFacts(
                 volume.volume,
                 volume.name,
                 volume.filesystem,
                 volume.size_bytes,
-                role,
+                self.role[node],
                 m.ReplicaState.UP_TO_DATE,
-                1,
+                self.epoch[node],
                 self.serving[node],
                 "",
                 "",
