@@ -102,21 +102,19 @@ def read(ours: Sequence[LogicalVolume], group: str) -> Held:
             meaningless.append(found)
         elif of is not None and of not in held.volumes:
             meaningless += [] if unreadable else [found]
+        elif origin:  # what it holds it holds only if nothing else does
+            held.origins[origin] = found
         elif facts:
             held.facts[facts.id], held.generations[facts.id] = facts, found
         elif workspace:
             held.workspaces[workspace] = found
-        else:
-            if operational:
-                held.operational[operational] = found
-            if origin:
-                held.origins[origin] = found
+        if operational is not None and found not in meaningless and operational in held.volumes:
+            held.operational[operational] = found
     return replace(held, meaningless=tuple(meaningless), unreadable=tuple(unreadable.values()))
 
 
 def _meaning(found: LogicalVolume) -> tuple[GenerationFacts | None, Workspace | None, UUID | None, UUID | None, UUID | None]:
     """Return (generation, workspace, operational volume of, origin of, unfinished thing of) by a logical volume's tags."""
     operational, origin, unfinished = (tags.read_uuid(found.tags, what) for what in ("operational", "origin", "unfinished"))
-    tags.read_generation(found.tags, "holds")  # whoever has origins reads it; what cannot be read is to be known here
-    tags.read_becoming(found.tags)
+    tags.read_becoming(found.tags)  # whoever has origins reads it; what cannot be read is to be known here
     return tags.read_generation(found.tags), tags.read_workspace(found.tags), operational, origin, unfinished

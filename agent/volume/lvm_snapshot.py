@@ -201,7 +201,7 @@ class LvmSnapshotSubstrate(LvmSubstrate):
         held = lvm_held.read(alive, self.group.name)
         there = {volume.uuid for volume in alive}
         for origin in held.origins.values():
-            facts = tags.read_generation(origin.tags, "holds")
+            facts = tags.read_generation(origin.tags)
             if facts is not None and facts.id not in held.generations and tags.read_becoming(origin.tags) not in there:
                 held.facts[facts.id], held.generations[facts.id] = facts, origin
         return replace(held, meaningless=held.meaningless + half)
@@ -227,7 +227,7 @@ class LvmSnapshotSubstrate(LvmSubstrate):
             device.sync()
         empty = GenerationFacts(empty_generation(record.id), GenerationKind.EMPTY, 0)
         is_primary = record.role is Role.PRIMARY
-        content = tags.operational_tag(record.id) if is_primary else tags.holds_tag(empty)
+        content = tags.operational_tag(record.id) if is_primary else tags.generation_tag(empty)
         lvm.retag(self.group, origin, drop=[unfinished], add=[tags.origin_tag(record.id), content], writable=is_primary)
         failpoint("substrate.create.before_rename")
         zeros = ["--type", _ZERO_KIND, "--size", f"{record.size_bytes}b", "--permission", "r", *HIDDEN]
@@ -272,7 +272,7 @@ class LvmSnapshotSubstrate(LvmSubstrate):
         self._activate(base.volume)
         old = held.workspaces.get(workspace)
         tagged = [tags.workspace_tag(workspace), *([tags.instead_of_tag(old.uuid)] if old else [])]
-        holds = tags.read_generation(origin.tags, "holds")
+        holds = tags.read_generation(origin.tags)
         if source.uuid == origin.uuid or (holds is not None and holds.id == base and not tags.read_becoming(origin.tags)):
             failpoint("substrate.begin.before_rename")
             self._snapshot(origin, tagged, writable=True, room_bytes=room_bytes)
@@ -286,7 +286,7 @@ class LvmSnapshotSubstrate(LvmSubstrate):
 
     def _give_up(self, held: Held, generation: GenerationId) -> None:
         volume, origin = held.generation(generation), held.origins[generation.volume]
-        holds, becoming = tags.read_generation(origin.tags, "holds"), tags.read_becoming(origin.tags)
+        holds, becoming = tags.read_generation(origin.tags), tags.read_becoming(origin.tags)
         if becoming == volume.uuid and holds is None:
             raise DeviceBusy(f"the operational volume is being made from generation {generation.name}")
         if holds is not None and holds.id == generation:
@@ -325,7 +325,7 @@ class LvmSnapshotSubstrate(LvmSubstrate):
                 self._keep(volume, status.used_bytes)
                 failpoint("substrate.merge.kept")
                 origin = self._held().origins[volume]
-                journal = [tags.holds_tag(newest), tags.becoming_tag(source.uuid)]
+                journal = [tags.generation_tag(newest), tags.becoming_tag(source.uuid)]
                 lvm.retag(self.group, origin, drop=_content_tags(origin), add=journal, writable=True)
             failpoint("substrate.merge.journalled")
             lvm.merge(self.group, source)
@@ -339,7 +339,7 @@ class LvmSnapshotSubstrate(LvmSubstrate):
     def _keep(self, volume: UUID, room_bytes: int | None) -> None:
         """Give what the origin alone holds a snapshot of its own, so that the origin can change; None: the configured room."""
         held = self._held()
-        origin, holds = held.origins[volume], tags.read_generation(held.origins[volume].tags, "holds")
+        origin, holds = held.origins[volume], tags.read_generation(held.origins[volume].tags)
         if holds is None or holds.kind is GenerationKind.EMPTY or held.generations.get(holds.id) != origin:
             return
         self._activate(volume)
@@ -366,7 +366,7 @@ class LvmSnapshotSubstrate(LvmSubstrate):
         held = self._held()
         origin = held.origins.get(volume)
         becoming = tags.read_becoming(origin.tags) if origin else None
-        if origin is None or becoming is None or tags.read_generation(origin.tags, "holds") is not None:
+        if origin is None or becoming is None or tags.read_generation(origin.tags) is not None:
             return
         source = next(found for found in held.generations.values() if found.uuid == becoming)
         self._copy(source, origin, held.volume(volume))

@@ -1,11 +1,11 @@
 """What a logical volume is to Landfall, written in its tags: the group's metadata alone remembers volumes, generations and workspaces.
 
     landfall/volume/1/UUID/NAME/FILESYSTEM/SIZE/SECTOR/ROLE/EPOCH                 on g0, which thereby is the volume
-    landfall/generation/1/VOLUME/EPOCH/COUNTER/NONCE/KIND/TAKEN_NS[/EPOCH/COUNTER/NONCE]   the last three: salvaged from
+    landfall/generation/1/VOLUME/EPOCH/COUNTER/NONCE/KIND/TAKEN_NS[/EPOCH/COUNTER/NONCE]   the last three: salvaged from. On an origin:
+                                                                                  it holds that one, unless another carries the same
     landfall/workspace/1/VOLUME/TRANSFER/KIND
     landfall/operational/1/VOLUME
     landfall/origin/1/VOLUME                                                      what the volume's classic snapshots are snapshots of
-    landfall/holds/1/...                                                          an origin's content is this generation; words as above
     landfall/becoming/1/LV-UUID                                                   an origin is being given that one's content
     landfall/unfinished/1/VOLUME                                                  swept by ``recover``
     landfall/instead-of/1/LV-UUID                                                 that one has lost its place to this one, and is swept
@@ -33,17 +33,14 @@ def volume_tag(record: VolumeRecord) -> str:
 
 def generation_tag(facts: GenerationFacts) -> str:
     """Return the tag that makes a logical volume a generation."""
-    return _facts_tag("generation", facts)
+    of = facts.salvaged_from
+    more = () if of is None else (of.epoch, of.counter, of.nonce)
+    return _joined("generation", facts.id.volume, facts.id.epoch, facts.id.counter, facts.id.nonce, facts.kind, facts.taken_ns, *more)
 
 
 def origin_tag(volume: UUID) -> str:
     """Return the tag of what a volume's classic snapshots are snapshots of."""
     return _joined("origin", volume)
-
-
-def holds_tag(facts: GenerationFacts) -> str:
-    """Return the tag of an origin whose content is a generation that has no snapshot of its own."""
-    return _facts_tag("holds", facts)
 
 
 def becoming_tag(lv_uuid: str) -> str:
@@ -81,9 +78,9 @@ def read_volume(tags: frozenset[str]) -> VolumeRecord | None:
         return VolumeRecord(UUID(volume), name, FilesystemKind(filesystem), int(size), int(sector), Role(role), int(epoch))
 
 
-def read_generation(tags: frozenset[str], what: str = "generation") -> GenerationFacts | None:
-    """Return the generation that a logical volume's tags speak of, if they do; ``what``: as one, or as what an origin ``holds``."""
-    words = _words(tags, what)
+def read_generation(tags: frozenset[str]) -> GenerationFacts | None:
+    """Return the generation that a logical volume's tags speak of, if they do."""
+    words = _words(tags, "generation")
     if words is None:
         return None
     with _Strict(tags):
@@ -135,12 +132,6 @@ class _Strict:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if isinstance(error, ValueError | IndexError):
             raise NotOurs("a logical volume's tags are none of Landfall's", cause=f"{sorted(self._tags)}: {error}") from error
-
-
-def _facts_tag(what: str, facts: GenerationFacts) -> str:
-    of = facts.salvaged_from
-    more = () if of is None else (of.epoch, of.counter, of.nonce)
-    return _joined(what, facts.id.volume, facts.id.epoch, facts.id.counter, facts.id.nonce, facts.kind, facts.taken_ns, *more)
 
 
 def _joined(what: str, *words: object) -> str:
