@@ -1,8 +1,10 @@
 """What the agent does when it is asked: one module per noun of the control plane, one function per verb.
 
 node         what the handlers work on: configuration, substrate, transfers, outbox, exports; one job per volume
+term         which management node is obeyed
 volumes      create, admit, list
 serving      promote, serve, unserve, demote
+removal      the end of a volume
 peers        probe
 generations  take, drop, open, close
 verification examine, digests, owners
@@ -33,6 +35,7 @@ from agent.service import (
     mending,
     peers,
     receiving,
+    removal,
     salvages,
     sending,
     serving,
@@ -56,6 +59,7 @@ HANDLERS: dict[type[Any], Callable[[Node, Any, ProgressCall], Any]] = {
     m.ServeVolume: serving.serve,
     m.StopServing: serving.unserve,
     m.DemoteVolume: serving.demote,
+    m.RemoveVolume: removal.remove,
     m.TakeGeneration: generations.take,
     m.DropGeneration: generations.drop,
     m.OpenGeneration: generations.open_generation,
@@ -96,6 +100,10 @@ class Service:
         salvages.recover(self._node)
         if self._node.config.metrics_textfile:
             self._metrics = TextFile(self._node, Path(self._node.config.metrics_textfile))
+
+    def admit(self, term: object, *, looking: bool) -> None:
+        """Let a request of a management node's term in; StaleTerm if one of a higher term was heard and it does more than look."""
+        self._node.term.admit(term, looking=looking)
 
     def handle(self, arguments: Any, progress: ProgressCall) -> Any:
         """Return the answer to a request: the verb's result, or bytes for a blob."""

@@ -15,11 +15,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import UUID, uuid4
 
+import pytest
+
 from agent.contract import messages as m
 from agent.contract.arrival import decode as decode_arrival
 from agent.contract.columns import identity
 from agent.contract.dmi import Dmi
-from agent.contract.errors import LandfallError
+from agent.contract.errors import LandfallError, StaleTerm
 from agent.contract.identity import FilesystemKind, GenerationId, GenerationKind
 from mgmt.determination import Policy, determine
 from tests.faults.case import SIZES, Case, check_salvaged, follow, images_equal, release, resume, served
@@ -339,6 +341,29 @@ def demote_dies(case: Case, point: str, differential: m.Differential) -> None:
         release(nas1)
 
 
+def hearing_dies(case: Case, point: str, differential: m.Differential) -> None:
+    """NAS 1 dies when it hears of a higher term: nothing was done in it, and what it heard it knows or hears again."""
+    nas1, volume = case.fresh().nas1, case.base.volume
+    try:
+        nas1.start()
+        nas1.ask(m.ServeVolume(volume, 1))
+        nas1.kill()
+        nas1.start_armed(point)
+        nas1.term = 2
+        expect_death(nas1, lambda: nas1.ask(m.StopServing(volume)), point)
+        nas1.term = 1
+        nas1.start()
+        assert served(nas1, volume).serving
+        if point.partition("=")[0] == "term.after_record":
+            with pytest.raises(StaleTerm):
+                nas1.ask(m.StopServing(volume))
+            nas1.term = 2
+        assert not nas1.ask(m.StopServing(volume)).serving
+    finally:
+        nas1.kill()
+        release(nas1)
+
+
 def create_dies(case: Case, point: str, differential: m.Differential) -> None:
     """NAS 1 dies when it makes a volume: it is there, or it can be made."""
     nas1, volume = case.fresh().nas1, uuid4()
@@ -372,6 +397,25 @@ def remove_dies(case: Case, point: str, differential: m.Differential) -> None:
     finally:
         nas1.kill()
         release(nas1)
+
+
+def end_dies(case: Case, point: str, differential: m.Differential) -> None:
+    """NAS 2 dies when a volume is removed: asked again, nothing of it is left."""
+    pair, volume = case.fresh(), case.base.volume
+    nas2 = pair.nas2
+    try:
+        nas2.start_armed(point)
+        expect_death(nas2, lambda: nas2.ask(m.RemoveVolume(volume)), point)
+        nas2.start()
+        _nothing_new(nas2)
+        assert nas2.ask(m.ListVolumes()).volumes == ()
+        nas2.ask(m.RemoveVolume(volume))
+        assert nas2.ask(m.ListTransfers()).transfers == ()
+        assert not list((nas2.folder / "state" / "differential").glob("*"))
+        assert not list((nas2.folder / "pool" / "volumes").iterdir())
+    finally:
+        nas2.kill()
+        release(nas2)
 
 
 def drop_dies(case: Case, point: str, differential: m.Differential) -> None:

@@ -84,6 +84,7 @@ class NodeProcess:
     process: multiprocessing.context.ForkServerProcess | None = field(default=None)
     volume_group: str = ""  # where the volumes are; without, in the folder
     environment: dict[str, str] = field(default_factory=dict)  # of every agent on this folder
+    term: int = 1
 
     def start(self, **environment: str) -> None:
         """Start the agent; on return it answers."""
@@ -106,7 +107,7 @@ class NodeProcess:
         """Return the answer of the agent; its error is raised; OSError if it is gone."""
         with socket.socket(socket.AF_UNIX) as connection:
             connection.connect(_short(self.folder / "run" / "agent.sock"))
-            request = {"v": m.PROTOCOL, "id": 1, "verb": m.VERB_OF[type(arguments)], "args": m.to_document(arguments)}
+            request = {"v": m.PROTOCOL, "id": 1, "verb": m.VERB_OF[type(arguments)], "args": m.to_document(arguments), "term": self.term}
             connection.sendall(m.encode_line(request))
             with connection.makefile("rb") as answers:
                 while True:

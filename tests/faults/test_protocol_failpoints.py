@@ -131,11 +131,13 @@ DEMOTE = (
     "demote.after_role",
 )
 CREATE = ("substrate.create.before", "substrate.create.before_rename", "substrate.create.after")
+END = ("remove.before_records", "remove.after_records")
 REMOVE = ("substrate.remove.before", "substrate.remove.renamed", "substrate.remove.after")
 
 FAILPOINTS: tuple[tuple[Phase, tuple[str, ...]], ...] = (
     (phases.create_dies, CREATE),
     (phases.remove_dies, REMOVE),
+    (phases.end_dies, END),
     (phases.take_dies, TAKE),
     (phases.drop_dies, DROP),
     (phases.build_dies, BUILD),
@@ -148,6 +150,7 @@ FAILPOINTS: tuple[tuple[Phase, tuple[str, ...]], ...] = (
     (phases.discard_dies, DISCARD),
     (phases.serve_dies, SERVE),
     (phases.demote_dies, DEMOTE),
+    (phases.hearing_dies, ("term.before_record", "term.after_record")),
 )
 """Which agent, in which phase, dies at which failpoint (and at its which passing)."""
 
