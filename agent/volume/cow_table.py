@@ -41,9 +41,12 @@ class CowTable:
 
 
 def cow_bytes(changed_bytes: int, chunk_bytes: int) -> int:
-    """Return the size of a COW device that has room for so many changed bytes in whole chunks: data, tables, header."""
+    """Return the size of a COW device that has room for so many changed bytes in whole chunks: header, tables, data.
+
+    For all bytes of an origin it is the most that LVM gives one (lib/metadata/snapshot_manip.c of lvm2).
+    """
     pairs = -(-changed_bytes // chunk_bytes)
-    areas = pairs // (chunk_bytes // _PAIR_BYTES) + 2  # one more is zeroed before the last is full
+    areas = pairs // (chunk_bytes // _PAIR_BYTES) + 1  # when the last is full the kernel zeroes the next
     return (1 + areas + pairs) * chunk_bytes
 
 

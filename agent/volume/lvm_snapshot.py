@@ -150,6 +150,16 @@ class LvmSnapshotSubstrate(LvmSubstrate):
                 self._refuse_elsewhere(table, self._table(after, record), old, new)
             return chunks.refined(runs_of(table), table.chunk_blocks, old, new)
 
+    def take(self, volume: UUID, mount_point: Path | None, facts: GenerationFacts) -> float:
+        """Make the operational volume's state under a freeze a generation; return the freeze in milliseconds.
+
+        Older generations get room for what may change until the next one, as far as there is any.
+        """
+        milliseconds = super().take(volume, mount_point, facts)
+        with self._locked():
+            self._widen(volume)
+        return milliseconds
+
     def refuse_written(self, generation: GenerationId) -> None:
         """BaseMismatch if a generation may have been written to, GenerationInvalid if its snapshot was given up."""
         super().refuse_written(generation)
@@ -173,11 +183,12 @@ class LvmSnapshotSubstrate(LvmSubstrate):
             origin, held_already = self._held().origins[volume], source.uuid == held.origins[volume].uuid
             becoming = tags.operational_tag(volume) if held_already else tags.becoming_tag(source.uuid)
             if not held_already:
-                self._make_way(record, self._bytes_apart(source, record), but=source)
+                self._make_way(record, self._bytes_apart(source, record), but=source.uuid)
             failpoint("substrate.operational.before_rename")
             lvm.retag(self.group, origin, drop=_content_tags(origin), add=[becoming], writable=True)
             failpoint("substrate.operational.journalled")
             self._become(volume)
+            self._widen(volume)
             failpoint("substrate.operational.after")
 
     def recover(self) -> None:
@@ -321,7 +332,7 @@ class LvmSnapshotSubstrate(LvmSubstrate):
                 mapper.refuse_in_use(used.uuid, what)
             status = self._refuse_invalid(source, record)
             if becoming != source.uuid:
-                self._make_way(record, status.used_bytes, but=source)
+                self._make_way(record, status.used_bytes, but=source.uuid)
                 self._keep(volume, status.used_bytes)
                 failpoint("substrate.merge.kept")
                 origin = self._held().origins[volume]
@@ -345,12 +356,20 @@ class LvmSnapshotSubstrate(LvmSubstrate):
         self._activate(volume)
         self._snapshot(origin, [tags.generation_tag(holds)], writable=False, room_bytes=room_bytes)
 
-    def _make_way(self, record: VolumeRecord, coming_bytes: int, *, but: LogicalVolume) -> None:
+    def _widen(self, volume: UUID) -> None:
+        """Let every snapshot of an operational volume have room for the configured share to change, as far as there is room."""
+        record = self._held().volume(volume)
+        try:
+            self._make_way(record, int(record.size_bytes * self.snapshot_percent / 100))
+        except (NoSpace, CommandFailed, DeviceFailed) as error:
+            _log.warning("volume %s: its older generations get no more room: %s", record.name, error)
+
+    def _make_way(self, record: VolumeRecord, coming_bytes: int, *, but: str = "") -> None:
         """Extend every snapshot of the origin so that as much may be written to the origin; NoSpace before any is."""
         held = self._held()
         most = cow_bytes(held.origins[record.id].size_bytes, CHUNK_BYTES)
         wanted: list[tuple[LogicalVolume, int]] = []
-        for snapshot in (found for found in held.all_of(record.id) if found.origin and found.uuid != but.uuid):
+        for snapshot in (found for found in held.all_of(record.id) if found.origin and found.uuid != but):
             status = mapper.snapshot_status(self._active(snapshot, record))
             size = min(most, status.used_bytes + cow_bytes(coming_bytes, CHUNK_BYTES) + _SLACK_BYTES)
             if status.valid and size > status.total_bytes:

@@ -67,9 +67,10 @@ def require(substrate: LabSubstrate) -> None:
     if shutil.which("modprobe"):
         run(["modprobe", "--quiet", "--all", *_MODULES[substrate]], ok=range(256))
     if not _DEVICE_MAPPER.exists():
+        modules = " and ".join(_MODULES[substrate])
         raise KernelLacks(
             f"this kernel has no device-mapper, of which the substrate {substrate} is made",
-            fix=f"Load {' and '.join(_MODULES[substrate])}, use --substrate reflink, or run it in a guest: python -m tests.guest run -- landfall ...",
+            fix=f"Load {modules}, use --substrate reflink, or run it in a guest: python -m tests.guest run -- landfall ...",
         )
 
 

@@ -488,3 +488,14 @@ def test_E5_no_room_in_the_group_leaves_everything_as_it_was(substrate: LvmSnaps
         substrate.create(record())
     assert substrate.generations(volume)[-1] == base
     assert lvm.volumes(substrate.group) == before
+
+
+def test_an_older_generation_gets_room_for_what_changes_after_the_next(substrate: LvmSnapshotSubstrate) -> None:
+    volume = record()
+    substrate.create(volume)
+    tight = LvmSnapshotSubstrate(substrate.group.name, snapshot_percent=10)
+    image = {block: os.urandom(BLOCK_BYTES) for block in range(BLOCKS)}
+    first = taken(tight, volume.id, image)
+    for number in range(4):  # 1.5 MiB each, and the slack of a snapshot is 4
+        taken(tight, volume.id, {block: block_of(f"{number}") for block in range(number * 384, (number + 1) * 384)})
+    assert content(tight, first.id) == b"".join(image.values())
