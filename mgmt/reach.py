@@ -84,7 +84,7 @@ class Node:
     @overload
     def ask(
         self,
-        arguments: m.CreateVolume | m.AdmitReplica | m.PromoteVolume | m.ServeVolume | m.StopServing,
+        arguments: m.CreateVolume | m.GrowVolume | m.AdmitReplica | m.PromoteVolume | m.ServeVolume | m.StopServing,
         on_progress: OnProgress | None = ...,
         *,
         limit_s: float | None = ...,

@@ -4,6 +4,7 @@ node         what the handlers work on: configuration, substrate, transfers, out
 term         which management node is obeyed
 volumes      create, admit, list
 serving      promote, serve, unserve, demote
+growth       more room for a volume
 removal      the end of a volume
 peers        probe
 generations  take, drop, open, close
@@ -31,6 +32,7 @@ from agent.contract import messages as m
 from agent.service import (
     devices,
     generations,
+    growth,
     health,
     mending,
     peers,
@@ -59,6 +61,7 @@ HANDLERS: dict[type[Any], Callable[[Node, Any, ProgressCall], Any]] = {
     m.ServeVolume: serving.serve,
     m.StopServing: serving.unserve,
     m.DemoteVolume: serving.demote,
+    m.GrowVolume: growth.grow,
     m.RemoveVolume: removal.remove,
     m.TakeGeneration: generations.take,
     m.DropGeneration: generations.drop,

@@ -150,6 +150,15 @@ class LvmSnapshotSubstrate(LvmSubstrate):
                 self._refuse_elsewhere(table, self._table(after, record), old, new)
             return chunks.refined(runs_of(table), table.chunk_blocks, old, new)
 
+    def grow(self, volume: UUID, size_bytes: int) -> None:
+        """LayoutUnsupported, unless the volume has that size: LVM makes no origin larger while it is in use, and its snapshots never."""
+        record = self._held().volume(volume)
+        if size_bytes != record.size_bytes:
+            raise LayoutUnsupported(
+                f"volume {record.name} has {record.size_bytes} bytes, and on {self.kind} a volume keeps its size",
+                fix="Make a larger volume and copy the files, or keep it on lvm-thin.",
+            )
+
     def take(self, volume: UUID, mount_point: Path | None, facts: GenerationFacts) -> float:
         """Make the operational volume's state under a freeze a generation; return the freeze in milliseconds.
 

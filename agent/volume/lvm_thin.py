@@ -9,12 +9,12 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 from uuid import UUID
 
-from agent.contract.errors import BaseMismatch, DeviceFailed, NoSpace, NotOurs
+from agent.contract.errors import BaseMismatch, DeviceFailed, LayoutUnsupported, NoSpace, NotOurs
 from agent.contract.identity import BLOCK_BYTES, GenerationId
 from agent.contract.messages import Role
 from agent.system.failpoint import failpoint
@@ -98,6 +98,32 @@ class LvmThinSubstrate(LvmSubstrate):
                 metadata = self._existing_device(lvm.dm_uuid(self.group, self.pool_volume.metadata, "tmeta"))
                 runs = thin_map.differing_chunks(self._pool(), metadata, _thin_id(before), _thin_id(after))
             return chunks.refined(runs, self.pool_volume.chunk_bytes // BLOCK_BYTES, old, new)
+
+    def grow(self, volume: UUID, size_bytes: int) -> None:
+        """Let every thin volume of a volume be larger, by what was never written at its end. LayoutUnsupported for less, or for part of
+        an extent.
+
+        The tag on g0 goes last: if we die before it, asked again, the rest is done.
+        """
+        with self._locked():
+            held = self._held()
+            record = held.volume(volume)
+            if size_bytes < record.size_bytes or size_bytes % self.group.extent_bytes:
+                raise LayoutUnsupported(
+                    f"volume {record.name} cannot have {size_bytes} bytes",
+                    cause=f"it has {record.size_bytes}, in extents of {self.group.extent_bytes}",
+                    fix=f"Name more than it has, and a multiple of {self.group.extent_bytes}.",
+                )
+            failpoint("substrate.grow.before")
+            for found in held.all_of(volume):
+                if found.size_bytes < size_bytes:
+                    lvm.extend(self.group, found, size_bytes)
+                mapper.resize(found.uuid, size_bytes)
+            failpoint("substrate.grow.half")
+            was, now = tags.volume_tag(record), tags.volume_tag(replace(record, size_bytes=size_bytes))
+            if was != now:
+                lvm.retag(self.group, held.record_of(volume), drop=[was], add=[now])
+        failpoint("substrate.grow.after")
 
     def clone_operational(self, volume: UUID, generation: GenerationId) -> None:
         """Make the operational volume a snapshot of ``generation`` in one commit; DeviceBusy if the old one is in use."""

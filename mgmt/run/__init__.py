@@ -22,7 +22,7 @@ from mgmt.run.salvage import salvage as salvage_volume
 from mgmt.run.site import Site, Teller
 from mgmt.run.standing import NodeView, Standing, gauge_of, standing
 from mgmt.run.verification import Damage, Verified, verify
-from mgmt.run.volumes import add_volume, list_volumes, serve, set_volume, unserve
+from mgmt.run.volumes import add_volume, grow_volume, list_volumes, serve, set_volume, unserve
 
 __all__ = [
     "CheckState",
@@ -40,6 +40,7 @@ __all__ = [
     "collect",
     "discard",
     "gauge_of",
+    "grow_volume",
     "hold",
     "list_volumes",
     "newest_statement",

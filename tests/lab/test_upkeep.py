@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import sys
@@ -13,6 +14,7 @@ from typing import TypeVar
 
 import pytest
 
+from agent.contract import messages as m
 from agent.contract.errors import NoSuchGeneration, RequestRefused
 from agent.contract.identity import BLOCK_BYTES, FilesystemKind, GenerationId
 from agent.system.run import run as start_program
@@ -250,3 +252,43 @@ def test_a_volume_is_removed_from_both_nodes_and_not_while_it_is_used(lab: Lab) 
         assert listing == ""
     made(lab, "ending")
     replicated(lab, "ending")
+
+
+def may_grow_mounted_ext4() -> bool:
+    """Whether this process has CAP_SYS_RESOURCE, bit 24."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("CapEff:"))
+    return bool(int(line.split()[1], 16) >> 24 & 1)
+
+
+@pytest.mark.parametrize("filesystem", FilesystemKind)
+def test_E20_a_volume_grows_under_its_clients_and_the_next_differential_has_the_base_it_had(lab: Lab, filesystem: FilesystemKind) -> None:
+    name = f"grown-{filesystem}"
+    root, small = made(lab, name, filesystem), SIZES[filesystem]
+    write(lab, root, "before", os.urandom(8 << 20))
+    first = replicated(lab, name)
+    large, room = small + (64 << 20), ["df", "-B1", "--output=size", str(root)]
+    before = int(start_program(lifecycle.inside(lab, NAS1, room)).text.split()[-1])
+    assert "does not shrink" in command(lab, "volume", "grow", name, "--size", str(small - (1 << 20)), "--json", expect=27)
+    grow = ("volume", "grow", name, "--size", str(large), "--json")
+    if filesystem is FilesystemKind.EXT4 and not may_grow_mounted_ext4():
+        assert "unserve" in command(lab, *grow, expect=50)
+        command(lab, "unserve", name)
+        assert json.loads(command(lab, *grow))["size_bytes"] == large
+        command(lab, "serve", name, "--node", NAS1)
+    else:
+        assert json.loads(command(lab, *grow))["size_bytes"] == large
+    assert int(start_program(lifecycle.inside(lab, NAS1, room)).text.split()[-1]) > before + (48 << 20)
+    content = os.urandom(1 << 20)
+    write(lab, root, "filler", bytes(small // 2))
+    for number in range(4):
+        write(lab, root, f"after {number}", content)
+    done = managed(lab, lambda site: run.replicate(site, name))
+    assert done.base == first, "growing costs no full replication"
+    assert managed(lab, lambda site: run.verify(site, name)).clean
+    opened = managed(lab, lambda site: site.node(NAS2).ask(m.OpenGeneration(done.target)).path)
+    try:
+        assert digest(lab, NAS2, f"{opened}/after 3").split()[0] == hashlib.sha256(content).hexdigest()
+    finally:
+        managed(lab, lambda site: site.node(NAS2).ask(m.CloseGeneration(done.target)))
+    if filesystem is FilesystemKind.XFS:
+        command(lab, *grow)

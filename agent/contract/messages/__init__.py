@@ -92,6 +92,7 @@ from agent.contract.messages.transfers import (
 from agent.contract.messages.volumes import (
     AdmitReplica,
     CreateVolume,
+    GrowVolume,
     ListVolumes,
     RemoveVolume,
     ReplicaState,
@@ -134,6 +135,7 @@ __all__ = [
     "FileOutcome",
     "FindOwners",
     "GenerationFacts",
+    "GrowVolume",
     "Health",
     "Hello",
     "ListDevices",
@@ -191,6 +193,7 @@ VERBS: Final[dict[str, tuple[type[Any], type[Any]]]] = {
     "devices": (ListDevices, Devices),
     "volume.create": (CreateVolume, VolumeFacts),
     "volume.admit": (AdmitReplica, VolumeFacts),
+    "volume.grow": (GrowVolume, VolumeFacts),
     "volume.remove": (RemoveVolume, Done),
     "volume.list": (ListVolumes, Volumes),
     "volume.promote": (PromoteVolume, VolumeFacts),
