@@ -75,6 +75,7 @@ for command in (
     watching.history,
     watching.hold,
     upkeep.check,
+    upkeep.losses,
     upkeep.restore,
     upkeep.verify,
     charge.takeover,
