@@ -10,7 +10,7 @@ from typing import Any, Final
 from agent.contract.errors import ConfigInvalid, NameRefused
 from agent.contract.identity import plain_name
 
-SUBSTRATES: Final = ("reflink", "lvm-thin")
+SUBSTRATES: Final = ("reflink", "lvm-thin", "lvm-snapshot")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +30,7 @@ class Config:
     lab: bool = False
     substrate: str = "reflink"
     volume_group: str = ""
+    snapshot_percent: float = 25.0
     metrics_textfile: str = ""
 
 
@@ -60,8 +61,10 @@ def read_config(path: Path) -> Config:
         raise ConfigInvalid(f"{path}: node: {error.message}") from error
     if config.substrate not in SUBSTRATES:
         raise ConfigInvalid(f"{path}: substrate is {config.substrate}, it must be one of {', '.join(SUBSTRATES)}")
-    if (config.substrate == "lvm-thin") != bool(config.volume_group):
-        raise ConfigInvalid(f"{path}: volume_group is named if and only if substrate is lvm-thin")
+    if config.substrate.startswith("lvm-") != bool(config.volume_group):
+        raise ConfigInvalid(f"{path}: volume_group is named if and only if substrate is lvm-thin or lvm-snapshot")
+    if not 0 < config.snapshot_percent <= 100:
+        raise ConfigInvalid(f"{path}: snapshot_percent is {config.snapshot_percent:g}, it must be more than 0 and at most 100")
     return config
 
 

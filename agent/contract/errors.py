@@ -251,6 +251,12 @@ class ReplicaDiffers(LandfallError):
     code, exit_code, retry, fix = "replica-differs", 90, Retry.OPERATOR, "`landfall verify VOLUME --heal`, then look at the node's disk."
 
 
+class RestoreIncomplete(LandfallError):
+    """Some of the files could not be restored from the generation; each is named with its reason. The others are restored."""
+
+    code, exit_code, retry, fix = "restore-incomplete", 92, Retry.OPERATOR, "Mend what stands beside each file, and restore those again."
+
+
 class CheckFailed(LandfallError):
     """`landfall check` found something that would fail on the bad night; the list says what, and what to do about each."""
 
@@ -318,6 +324,20 @@ class PathRefused(LandfallError):
     """The operating system refused a file or folder of this machine: it is missing, of another kind, not ours to write, or full."""
 
     code, exit_code, retry, fix = "path-refused", 55, Retry.OPERATOR, "Check the path, its permissions and the room on its filesystem."
+
+
+class GenerationInvalid(LandfallError):
+    """A generation's snapshot ran out of room, and the kernel gave it up: its content is lost, and nothing read from it was used.
+
+    The volume that it was a snapshot of, and every other generation, are as they were.
+    """
+
+    code, exit_code, retry, fix = (
+        "generation-invalid",
+        66,
+        Retry.OPERATOR,
+        "Drop it, replicate from another generation that both nodes hold, and give snapshots more room (snapshot_percent; lvextend).",
+    )
 
 
 class EpochStale(LandfallError):

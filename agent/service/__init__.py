@@ -8,6 +8,7 @@ growth       more room for a volume
 removal      the end of a volume
 peers        probe
 generations  take, drop, open, close
+restoring    single files
 verification examine, digests, owners
 sending      build, send (NAS 1)
 transfers    list, fetch, discard
@@ -38,6 +39,7 @@ from agent.service import (
     peers,
     receiving,
     removal,
+    restoring,
     salvages,
     sending,
     serving,
@@ -67,6 +69,7 @@ HANDLERS: dict[type[Any], Callable[[Node, Any, ProgressCall], Any]] = {
     m.DropGeneration: generations.drop,
     m.OpenGeneration: generations.open_generation,
     m.CloseGeneration: generations.close_generation,
+    m.RestoreFiles: restoring.restore_files,
     m.ExamineGeneration: verification.examine,
     m.FetchDigests: verification.fetch_digests,
     m.FindOwners: verification.find_owners,

@@ -180,6 +180,7 @@ def _facts(node: Node, transfer: TransferRecord) -> m.TransferFacts:
         files,
         whole,
         transfer.since_ns,
+        transfer.mends,
     )
 
 

@@ -1,12 +1,13 @@
-"""What keeps a pair fit for the bad night: check, verify."""
+"""What keeps a pair fit for the bad night: check, verify, restore, losses, support-bundle."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from agent.contract.errors import CheckFailed, ReplicaDiffers
+from agent.contract.errors import CheckFailed, ReplicaDiffers, RestoreIncomplete
 from agent.contract.messages import to_document
 from mgmt.cli.place import Place, as_json_option, at_place, volume_argument, want, yes_option
 
@@ -71,6 +72,112 @@ def verify(place: Place, volume: str, generation: str | None, heal: bool, trust:
     if not found.clean:
         raise ReplicaDiffers(f"{found.generation.name} of volume {found.volume}: {_sentence(found)}", fix=_fix(found))
     say(f"{found.generation.name} is equal on both nodes, {found.blocks:,} blocks compared{_mended(found)}.")
+
+
+@click.command()
+@volume_argument
+@click.argument("paths", nargs=-1, required=True, metavar="PATH...")
+@click.option("--generation", required=True, help="From which, by name; `landfall status` shows the newest.")
+@click.option("--to", "folder", metavar="DIR", help="Beneath this folder of the volume [.landfall-restored/GENERATION].")
+@click.option("--in-place", is_flag=True, help="In place of what is there now.")
+@click.option("--node", help="Which node; without it, the one that serves the volume.")
+@yes_option
+@as_json_option
+@at_place
+def restore(
+    place: Place,
+    volume: str,
+    paths: tuple[str, ...],
+    generation: str,
+    folder: str | None,
+    in_place: bool,
+    node: str | None,
+    yes: bool,
+    as_json: bool,
+) -> None:
+    """Bring files back from a generation of VOLUME, directories with all below them, while clients use the volume.
+
+    PATHs are relative to the volume's root. Each file is replaced in one step.
+    """
+    from mgmt import run
+    from mgmt.terminal import Sheet, say, show, show_json
+    from mgmt.view import bytes_words
+
+    if in_place and folder is not None:
+        raise click.UsageError("--to and --in-place exclude each other")
+    beneath = "" if in_place else folder or f".landfall-restored/{generation}"
+    if in_place:
+        want(yes, f"Replace {', '.join(paths)} of volume {volume} by what {generation} has?")
+    with place.site() as site:
+        done = run.restore(site, volume, generation, paths, folder=beneath, node=node)
+    if as_json:
+        show_json({**to_document(done), "folder": beneath})
+        click.get_current_context().exit(RestoreIncomplete.exit_code if done.refused else 0)
+    where = f"beneath {beneath}" if beneath else "in place"
+    say(f"{done.files:,} files ({bytes_words(done.bytes)}) of {generation} are restored {where}.")
+    if done.refused:
+        show([Sheet(("not restored", "because"), tuple((refused.path, refused.reason) for refused in done.refused))])
+        raise RestoreIncomplete(f"{len(done.refused)} files of {generation} are not restored")
+
+
+@click.command()
+@volume_argument
+@click.option("--under", default="", metavar="PATH", help="Only what is at PATH or below it.")
+@click.option("--all", "everything", is_flag=True, help="Also files that were recovered.")
+@as_json_option
+@at_place
+def losses(place: Place, volume: str, under: str, everything: bool, as_json: bool) -> None:
+    """Search the kept loss statements of VOLUME, also of one that was removed: what became of which file, when, and who ordered it."""
+    from mgmt.losses import losses as search
+    from mgmt.terminal import Sheet, say, show, show_json
+    from mgmt.view import WORDS, bytes_words, moment, path_of, span
+
+    with place.site() as site:
+        statements = [(entry.statement, entry.undone_ns is not None) for entry in site.catalog.statements(volume)]
+    found = search(statements, under, with_recovered=everything)
+    if as_json:
+        show_json([to_document(loss) for loss in found])
+        return
+    rows = tuple(
+        (
+            moment(loss.at_ns) + (" (undone)" if loss.undone else ""),
+            WORDS[loss.account.outcome],
+            bytes_words(loss.account.size_bytes),
+            "-" if loss.change_age_s is None else span(loss.change_age_s),
+            path_of(loss.account),
+            loss.account.reason,
+            loss.operator,
+        )
+        for loss in found
+    )
+    if rows:
+        show([Sheet(("salvage", "verdict", "size", "lost change was made before", "file", "why", "by"), rows)])
+    say(f"{len(rows):,} files, in {len({loss.transfer for loss in found})} of {len(statements)} salvages.")
+
+
+@click.command("support-bundle")
+@click.option(
+    "--output", type=click.Path(path_type=Path, dir_okay=False), default="landfall-support.tar.gz", show_default=True, help="File."
+)
+@click.option("--names", is_flag=True, help="With the names of users' files.")
+@as_json_option
+@at_place
+def support_bundle(place: Place, output: Path, names: bool, as_json: bool) -> None:
+    """Pack what somebody who helps must know, without secrets: configuration, check, standing, history, what the agents say.
+
+    Names of users' files are left out unless asked for.
+    """
+    from mgmt.bundle import collected, write_bundle
+    from mgmt.terminal import say, show_json
+    from mgmt.view import bytes_words
+
+    with place.site() as site:
+        parts = collected(site, with_names=names)
+    size = write_bundle(output, parts)
+    if as_json:
+        show_json({"path": str(output), "bytes": size, "parts": [{"name": part.name, "bytes": len(part.content)} for part in parts]})
+    else:
+        say(f"{output} ({bytes_words(size)}) holds {', '.join(part.name for part in parts)}.")
 
 
 def _sheets(found: Verified) -> list[Sheet]:

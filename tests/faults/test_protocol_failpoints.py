@@ -156,7 +156,16 @@ FAILPOINTS: tuple[tuple[Phase, tuple[str, ...]], ...] = (
 )
 """Which agent, in which phase, dies at which failpoint (and at its which passing)."""
 
-IN_THE_GUEST = {"thin_map.reserved": "test_volume_lvm_pool.py"}
+IN_THE_GUEST = {
+    "thin_map.reserved": "test_volume_lvm_pool.py",
+    "substrate.merge.kept": "test_volume_lvm_merge.py",
+    "substrate.merge.journalled": "test_volume_lvm_merge.py",
+    "substrate.merge.merged": "test_volume_lvm_merge.py",
+    "substrate.merge.after": "test_volume_lvm_merge.py",
+    "substrate.operational.journalled": "test_volume_lvm_merge.py",
+    "substrate.operational.copied": "test_volume_lvm_merge.py",
+    "substrate.recover.before_sweep": "test_volume_lvm_merge.py",
+}
 """Points on a way that only device-mapper goes, and the storage test that dies there."""
 
 ROWS = [(phase, point) for phase, points in FAILPOINTS for point in points]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import sys
+import tarfile
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +21,7 @@ from agent.contract.errors import NoSuchGeneration, RequestRefused
 from agent.contract.identity import BLOCK_BYTES, FilesystemKind, GenerationId
 from agent.system.run import run as start_program
 from mgmt import run
+from mgmt.authority import Authority, Passes
 from mgmt.inventory import Inventory, read_inventory
 from mgmt.lab import lifecycle
 from mgmt.lab.layout import Lab, NodeName
@@ -292,3 +295,112 @@ def test_E20_a_volume_grows_under_its_clients_and_the_next_differential_has_the_
         managed(lab, lambda site: site.node(NAS2).ask(m.CloseGeneration(done.target)))
     if filesystem is FilesystemKind.XFS:
         command(lab, *grow)
+
+
+FILES = """
+import os, sys
+os.chdir(sys.argv[1])
+os.makedirs("folder/below")
+os.chmod("folder", 0o2750)
+open("folder/below/file", "w").write("first")
+with open("folder/sparse", "wb") as file:
+    file.truncate(1 << 20)
+    file.seek(1 << 19)
+    file.write(b"data")
+os.symlink("/etc/passwd", "folder/link")
+os.mkfifo("folder/fifo")
+os.setxattr("folder/below/file", "user.tag", b"kept")
+os.chown("folder/below/file", 1234, 2345)
+os.utime("folder/below/file", ns=(1, 1_000_000_007))
+open("alone", "w").write("first")
+os.sync()
+"""
+SPOIL = """
+import os, shutil, sys
+os.chdir(sys.argv[1])
+shutil.rmtree("folder")
+open("alone", "w").write("second")
+os.mkdir("outside")
+os.symlink("outside", "folder")
+os.sync()
+"""
+STATE = """
+import os, sys
+os.chdir(sys.argv[1])
+for root, folders, files in os.walk("."):
+    for name in sorted(folders + files):
+        path = os.path.join(root, name)
+        about = os.lstat(path)
+        link = os.readlink(path) if os.path.islink(path) else ""
+        tag = os.getxattr(path, "user.tag").decode() if "user.tag" in os.listxattr(path, follow_symlinks=False) else ""
+        print(path, oct(about.st_mode), about.st_uid, about.st_gid, about.st_mtime_ns if name == "file" else "", link, tag, sep="|")
+"""
+
+
+def test_single_files_come_back_to_the_side_and_in_place_and_nowhere_else(lab: Lab) -> None:
+    root = made(lab, "single")
+
+    def program(script: str, folder: Path = root) -> list[str]:
+        return start_program(lifecycle.inside(lab, NAS1, [sys.executable, "-c", script, str(folder)])).text.splitlines()
+
+    program(FILES)
+    before = {line for line in program(STATE) if "lost+found" not in line}
+    generation = replicated(lab, "single").name
+    program(SPOIL)
+    aside = ("restore", "single", "--generation", generation, "--json")
+    done = json.loads(command(lab, *aside, "folder", "alone", "nobody", expect=92))
+    assert (done["files"], [refused["path"] for refused in done["refused"]]) == (5, ["nobody"])
+    assert set(program(STATE, root / ".landfall-restored" / generation)) == before
+    assert start_program(lifecycle.inside(lab, NAS1, ["cat", str(root / "alone")])).text == "second"
+
+    # What is a link in the volume now leads nowhere: neither a parent nor the folder to put things in may be one.
+    done = json.loads(command(lab, *aside, "--in-place", "--yes", "folder/below/file", "folder", expect=92))
+    assert {refused["path"] for refused in done["refused"]} == {"folder/below/file", "folder"}
+    assert json.loads(command(lab, *aside, "--to", "folder", "alone", expect=92))["files"] == 0
+    assert start_program(lifecycle.inside(lab, NAS1, ["find", str(root / "outside"), "-mindepth", "1"])).text == ""
+    for path in ("../alone", "/etc/passwd", "folder/../../x", ""):
+        command(lab, *aside, "--", path, expect=53)
+
+    command(lab, *aside, "--in-place", "--yes", "alone")
+    assert start_program(lifecycle.inside(lab, NAS1, ["cat", str(root / "alone")])).text == "first"
+    start_program(lifecycle.inside(lab, NAS1, ["rm", str(root / "folder")]))
+    command(lab, *aside, "--in-place", "--yes", "folder/below/file")
+    assert {line for line in program(STATE) if line.startswith(("./folder|", "./folder/below"))} == {
+        line for line in before if line.startswith(("./folder|", "./folder/below"))
+    }
+    command(lab, "restore", "single", "--generation", "g9", "alone", expect=33)
+    command(lab, "restore", "single", "--generation", generation, "--node", NAS2, "alone", expect=25)
+
+
+def test_J13_no_key_and_no_token_is_in_a_command_line_a_log_or_a_bundle(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    made(lab, "secretive")
+    secrets: set[bytes] = set()
+    seen: set[bytes] = set()
+    issue = Authority.passes
+
+    def passes(authority: Authority, sender: str, receiver: str) -> Passes:
+        issued = issue(authority, sender, receiver)
+        secrets.update(side.key_pem.splitlines()[1].encode() for side in (issued.sender, issued.receiver))
+        secrets.add(issued.token.encode())
+        return issued
+
+    def look(*_: object) -> None:
+        for process in Path("/proc").glob("[0-9]*"):
+            for file in ("cmdline", "environ"):
+                with contextlib.suppress(OSError):
+                    seen.add((process / file).read_bytes())
+
+    monkeypatch.setattr(Authority, "passes", passes)
+    managed(lab, lambda site: run.replicate(site, "secretive", tell=look, on_order=look))
+    for path in lab.node(MGMT).rglob("*"):
+        if path.is_file() and b"PRIVATE KEY-----" in (content := path.read_bytes()):
+            secrets.add(content.splitlines()[1])
+    assert len(secrets) >= 5, "two keys of the transfer, its token, the authority's and an SSH key"
+    bundle = lab.directory / "bundle.tar.gz"
+    listed = json.loads(command(lab, "support-bundle", "--output", str(bundle), "--json"))
+    assert "node-nas1.json" in {part["name"] for part in listed["parts"]}
+    with tarfile.open(bundle) as archive:
+        seen |= {file.read() for member in archive.getmembers() if (file := archive.extractfile(member))}
+    for node in (MGMT, NAS1, NAS2):
+        seen |= {path.read_bytes() for path in (lab.node(node) / "log").rglob("*") if path.is_file()}
+    assert not [secret for secret in secrets if any(secret in text for text in seen)]
