@@ -332,6 +332,11 @@ class Catalog:
         first, last = (from_document(json.loads(text), GenerationId) for text in (base, target))
         return TransferEntry(UUID(number), UUID(volume), first, last, Differential(differential), begun_ns, ended_ns, ending)
 
+    def last_begun_ns(self, volume: UUID) -> int | None:
+        """Return when a transfer of a volume was begun last; None if none ever was."""
+        (found,) = self._db.execute("SELECT max(begun_ns) FROM transfer WHERE volume = ?", (str(volume),)).fetchone()
+        return None if found is None else int(found)
+
     # --- notifications ---
 
     def store_notifications(self, node: str, notifications: tuple[Notification, ...]) -> list[Notification]:

@@ -58,6 +58,7 @@ class Inventory:
     rate_limit_bytes_s: int = 0  # of a transfer; 0: none
     keep_generations: int = 16  # of each volume, on each node
     resume_attempts: int = 5  # of one `landfall replicate`, while both nodes live
+    cycle_s: float = 5.0  # of `landfall watch`
     probe_limit_s: float = 3.0  # in which a living node takes a connection
 
     def entry(self, name: str) -> NodeEntry:
@@ -115,7 +116,7 @@ def _check(path: Path, inventory: Inventory) -> None:
         _check_fence(where, node)
     if inventory.keep_generations < 2:
         raise ConfigInvalid(f"{path}: keep_generations must be at least 2: a base and a target")
-    limits = ("connect_limit_s", "answer_limit_s", "silence_limit_s", "streams", "resume_attempts", "probe_limit_s")
+    limits = ("connect_limit_s", "answer_limit_s", "silence_limit_s", "streams", "resume_attempts", "cycle_s", "probe_limit_s")
     for key in limits:
         if getattr(inventory, key) <= 0:
             raise ConfigInvalid(f"{path}: {key} must be above 0")

@@ -90,7 +90,13 @@ class Node:
     @overload
     def ask(self, arguments: m.OpenGeneration, on_progress: OnProgress | None = ..., *, limit_s: float | None = ...) -> m.Opened: ...
     @overload
-    def ask(self, arguments: m.BuildTransfer, on_progress: OnProgress | None = ..., *, limit_s: float | None = ...) -> m.Built: ...
+    def ask(self, arguments: m.ExamineGeneration, on_progress: OnProgress | None = ..., *, limit_s: float | None = ...) -> m.Examined: ...
+    @overload
+    def ask(self, arguments: m.FindOwners, on_progress: OnProgress | None = ..., *, limit_s: float | None = ...) -> m.Owners: ...
+    @overload
+    def ask(
+        self, arguments: m.BuildTransfer | m.BuildMend, on_progress: OnProgress | None = ..., *, limit_s: float | None = ...
+    ) -> m.Built: ...
     @overload
     def ask(self, arguments: m.ReceiveTransfer, on_progress: OnProgress | None = ..., *, limit_s: float | None = ...) -> m.Listening: ...
     @overload
@@ -119,7 +125,7 @@ class Node:
         with self._conversation() as conversation:
             return conversation.ask(arguments, on_progress, limit_s or self._answer_limit_s)
 
-    def fetch(self, arguments: m.FetchDmi | m.FetchArrival, on_progress: OnProgress | None = None) -> bytes:
+    def fetch(self, arguments: m.FetchDmi | m.FetchArrival | m.FetchDigests, on_progress: OnProgress | None = None) -> bytes:
         """Return the blob that the agent answers; ``on_progress`` hears of its bytes."""
         with self._conversation() as conversation:
             answer: m.Blob = conversation.ask(arguments, on_progress, self._answer_limit_s)

@@ -22,7 +22,7 @@ for argument in "$@"; do
     esac
 done
 
-lab_packages=(samba smbclient openssh-server openssh-client xfsprogs btrfs-progs e2fsprogs attr acl nftables iproute2
+lab_packages=(samba smbclient systemd openssh-server openssh-client xfsprogs btrfs-progs e2fsprogs attr acl nftables iproute2
     util-linux mount)
 bench_packages=(fio qemu-utils libnbd-bin nbdkit)
 guest_packages=(user-mode-linux lvm2 thin-provisioning-tools kmod iproute2)

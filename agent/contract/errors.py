@@ -245,6 +245,12 @@ class VerifyFailed(LandfallError):
     code, exit_code, retry, fix = "verify-failed", 47, Retry.LATER, "Check the disk of the node; then run it again."
 
 
+class ReplicaDiffers(LandfallError):
+    """The two nodes' copies of a generation are not equal, or one is not what its digest table says; the report names the files."""
+
+    code, exit_code, retry, fix = "replica-differs", 90, Retry.OPERATOR, "`landfall verify VOLUME --heal`, then look at the node's disk."
+
+
 class FailpointHit(LandfallError):
     """A failpoint that a test armed raised here."""
 

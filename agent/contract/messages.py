@@ -272,6 +272,71 @@ class Opened:
 
 
 @dataclass(frozen=True, slots=True)
+class ExamineGeneration:
+    """generation.examine: what there is to compare of a generation."""
+
+    generation: GenerationId
+
+
+@dataclass(frozen=True, slots=True)
+class Examined:
+    """Answer to generation.examine."""
+
+    blocks: int
+    recorded: bool  # there is a digest table of it here
+    written: str  # why somebody must have written to it since it became a generation; empty: nothing speaks for that
+
+
+@dataclass(frozen=True, slots=True)
+class FetchDigests:
+    """generation.digests: answers a blob, u64 little-endian per block, of ``blocks`` blocks from ``first`` on.
+
+    The blocks are read from the device now; with ``recorded`` the digest table's entries are answered, and no block is read.
+    """
+
+    generation: GenerationId
+    first: int
+    blocks: int
+    recorded: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class FindOwners:
+    """generation.owners: whose are these runs (first block, blocks)? Ascending and disjoint."""
+
+    generation: GenerationId
+    runs: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class OwnedBlocks:
+    """A file that has some of the blocks; every name it has (surrogateescape)."""
+
+    paths: tuple[str, ...]
+    blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class Owners:
+    """Answer to generation.owners: the files, and how many blocks are of no file with a name. A block that files share counts for each."""
+
+    files: tuple[OwnedBlocks, ...]
+    metadata_blocks: int
+    journal_blocks: int
+    free_blocks: int
+    nameless_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class BuildMend:
+    """transfer.mend: make the DMI that brings these runs of a generation to a node that holds the generation with other content there."""
+
+    transfer: UUID
+    generation: GenerationId
+    runs: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class BuildTransfer:
     """transfer.build: make the DMI from base to target (NAS 1). Priorities are (path prefix, higher is earlier)."""
 
@@ -292,7 +357,11 @@ class Built:
 
 @dataclass(frozen=True, slots=True)
 class ReceiveTransfer:
-    """transfer.receive: open the data port for one transfer and one peer (NAS 2). Resumes if the transfer is known."""
+    """transfer.receive: open the data port for one transfer and one peer (NAS 2). Resumes if the transfer is known.
+
+    ``mends``: the target is held here with damaged blocks. The base is g0; what comes replaces these blocks in a clone of the target,
+    which then takes the target's place in one step.
+    """
 
     transfer: UUID
     base: GenerationId
@@ -302,6 +371,7 @@ class ReceiveTransfer:
     token: str = field(repr=False)
     tls: TlsMaterial
     silence_limit_s: float = 10.0
+    mends: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -464,7 +534,11 @@ VERBS: Final[dict[str, tuple[type[Any], type[Any]]]] = {
     "generation.drop": (DropGeneration, Done),
     "generation.open": (OpenGeneration, Opened),
     "generation.close": (CloseGeneration, Done),
+    "generation.examine": (ExamineGeneration, Examined),
+    "generation.digests": (FetchDigests, Blob),
+    "generation.owners": (FindOwners, Owners),
     "transfer.build": (BuildTransfer, Built),
+    "transfer.mend": (BuildMend, Built),
     "transfer.receive": (ReceiveTransfer, Listening),
     "transfer.send": (SendTransfer, Sent),
     "transfer.list": (ListTransfers, Transfers),

@@ -105,15 +105,17 @@ def reader_for(kind: FilesystemKind, base: View | None, target: View, changed: C
 
 def drop(state: Path, generation: GenerationId) -> None:
     """Forget the digest table and name index of a retired generation."""
-    files.remove_durably(_table_path(state, generation))
-    files.remove_durably(_index_path(state, generation))
+    files.remove_durably(table_path(state, generation))
+    files.remove_durably(index_path(state, generation))
 
 
-def _table_path(state: Path, generation: GenerationId) -> Path:
+def table_path(state: Path, generation: GenerationId) -> Path:
+    """Return where a generation's digest table is."""
     return state / f"{generation.name}.digests"
 
 
-def _index_path(state: Path, generation: GenerationId) -> Path:
+def index_path(state: Path, generation: GenerationId) -> Path:
+    """Return where a generation's name index is."""
     return state / f"{generation.name}.names"
 
 
@@ -122,11 +124,11 @@ def _tables(request: BuildRequest) -> tuple[BlockDigests, BlockDigests]:
     blocks = -(-request.volume_bytes // BLOCK_BYTES)
     base_table = None
     if request.base is not None:
-        path = _table_path(request.state, request.base_id)
+        path = table_path(request.state, request.base_id)
         base_table = digests.load(path, blocks)
         if base_table is None:
             base_table = digests.computed(path, request.base.device, request.volume_bytes)
-    path = _table_path(request.state, request.target_id)
+    path = table_path(request.state, request.target_id)
     table = digests.load(path, blocks)
     if table is None:
         table = digests.derived(path, base_table, request.target.device, request.volume_bytes, request.changed)
@@ -139,10 +141,10 @@ def _indexes(request: BuildRequest, changes: InodeChanges, *, touched: U64, root
     An index that contradicts the inodes' link counts is not believed, and where metadata of inodes that did not change was ``touched``
     (their times have whole seconds only, or a directory was changed twice within a tick), nothing is: both are walked anew.
     """
-    path = _index_path(request.state, request.target_id)
+    path = index_path(request.state, request.target_id)
     base = None
     if request.base is not None:
-        base_path = _index_path(request.state, request.base_id)
+        base_path = index_path(request.state, request.base_id)
         base = names.load(base_path)
         if base is not None and not len(touched):
             target = _updated_index(request, changes, base)

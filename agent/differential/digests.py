@@ -41,6 +41,12 @@ def load(path: Path, blocks: int) -> BlockDigests | None:
     return table if fold.digest() == trailer.tobytes() else None
 
 
+def entries(path: Path, first: int, count: int) -> BlockDigests:
+    """Return ``count`` entries of a stored table from block ``first`` on; the caller has proved the table whole by ``load``."""
+    table: BlockDigests = np.fromfile(path, dtype="<u8", count=count, offset=first * 8)
+    return table
+
+
 def computed(path: Path, device: Path, volume_bytes: int) -> BlockDigests:
     """Return the table of the generation on ``device``, read in full and stored durably at ``path``."""
     blocks = -(-volume_bytes // BLOCK_BYTES)

@@ -3,9 +3,11 @@
 node         what the handlers work on: configuration, substrate, transfers, outbox, exports; one job per volume
 volumes      create, admit, list, serve, unserve
 generations  take, drop, open, close
+verification examine, digests, owners
 sending      build, send (NAS 1)
-receiving    receive (NAS 2)
 transfers    list, fetch, discard
+mending      blocks of a generation that is damaged on one node
+receiving    receive (NAS 2)
 salvages     update, undo
 outbox       notifications kept for the management node
 devices      what block devices there are
@@ -19,7 +21,7 @@ from typing import Any
 
 from agent.config import Config
 from agent.contract import messages as m
-from agent.service import devices, generations, receiving, salvages, sending, transfers, volumes
+from agent.service import devices, generations, mending, receiving, salvages, sending, transfers, verification, volumes
 from agent.service.node import Node, ProgressCall
 
 HANDLERS: dict[type[Any], Callable[[Node, Any, ProgressCall], Any]] = {
@@ -34,7 +36,11 @@ HANDLERS: dict[type[Any], Callable[[Node, Any, ProgressCall], Any]] = {
     m.DropGeneration: generations.drop,
     m.OpenGeneration: generations.open_generation,
     m.CloseGeneration: generations.close_generation,
+    m.ExamineGeneration: verification.examine,
+    m.FetchDigests: verification.fetch_digests,
+    m.FindOwners: verification.find_owners,
     m.BuildTransfer: sending.build_transfer,
+    m.BuildMend: mending.build_mend,
     m.ReceiveTransfer: receiving.receive,
     m.SendTransfer: sending.send_transfer,
     m.ListTransfers: transfers.list_transfers,

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from agent.contract import messages as m
 from agent.contract.errors import DeviceBusy
 from agent.contract.identity import GenerationId, GenerationKind, next_generation
 from agent.differential import build as differential
-from agent.service.node import OPENED, Node, ProgressCall
+from agent.differential.reader import View
+from agent.service.node import OPENED, Node, ProgressCall, open_mount
 from agent.system.clock import wall_ns
 from agent.volume import filesystem
 from agent.volume.substrate import VolumeRecord
@@ -56,6 +59,19 @@ def close_generation(node: Node, arguments: m.CloseGeneration, progress: Progres
     if filesystem.is_mounted(mount_point):
         filesystem.unmount(mount_point)
     return m.Done()
+
+
+@contextmanager
+def view(node: Node, record: VolumeRecord, generation: GenerationId, purpose: str) -> Iterator[View]:
+    """Yield a generation's device and read-only mount, in the private folder of one ``purpose``."""
+    mount_point = node.private_folder(purpose, f"{record.id}-{generation.name}")
+    with node.substrate.reading(generation) as device:
+        filesystem.mount(device, mount_point, record.filesystem, read_only=True)
+        try:
+            with open_mount(mount_point) as mount_fd:
+                yield View(device, mount_point, mount_fd)
+        finally:
+            filesystem.unmount(mount_point)
 
 
 def _settle(node: Node, record: VolumeRecord) -> None:

@@ -25,6 +25,7 @@ from agent.contract.errors import (
     TransferBusy,
 )
 from agent.contract.identity import BLOCK_BYTES, GenerationId, GenerationKind
+from agent.service import mending
 from agent.service.node import Node, ProgressCall
 from agent.service.transfers import interrupted, is_held, records_of
 from agent.system.clock import wall_ns
@@ -45,9 +46,10 @@ def receive(node: Node, arguments: m.ReceiveTransfer, progress: ProgressCall) ->
     node.claim(volume.id, f"transfer.receive {arguments.transfer}")
     try:
         failpoint("dst.before_listen")
-        transfer = _expected(node, volume, arguments)
+        transfer = mending.expected(node, volume, arguments) if arguments.mends else _expected(node, volume, arguments)
         receiver = Receiver(_receive_job(node, transfer, arguments))
-        node.store.set_state(transfer.id, m.TransferState.COMMITTED if is_held(node, transfer.target) else m.TransferState.WAITING)
+        is_committed = not transfer.mends and is_held(node, transfer.target)
+        node.store.set_state(transfer.id, m.TransferState.COMMITTED if is_committed else m.TransferState.WAITING)
     except BaseException:
         node.release(volume.id)
         raise
@@ -80,7 +82,9 @@ class _Reception:
         try:
             self._receiver.run()
         except Exception as error:
-            if not is_held(node, transfer.target):
+            if transfer.mends:
+                mending.forget(node, transfer)
+            elif not is_held(node, transfer.target):
                 interrupted(node, transfer, None if self._gives_way else str(error))
         finally:
             if node.receptions.get(transfer.id) is self:
@@ -167,11 +171,11 @@ def _receive_job(node: Node, transfer: TransferRecord, arguments: m.ReceiveTrans
         token=arguments.token,
         tls=arguments.tls,
         store=node.store,
-        prepare=prepare,
+        prepare=(lambda _: mending.prepared(node, transfer)) if transfer.mends else prepare,
         heal=heal,
-        commit=commit,
+        commit=(lambda: mending.commit(node, transfer)) if transfer.mends else commit,
         address=node.config.replication_address,
-        committed=is_held(node, transfer.target),
+        committed=not transfer.mends and is_held(node, transfer.target),
         silence_limit_s=arguments.silence_limit_s,
     )
 

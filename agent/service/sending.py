@@ -7,10 +7,11 @@ from contextlib import contextmanager
 
 from agent.contract import messages as m
 from agent.contract.dmi import Dmi
-from agent.contract.identity import GenerationId, GenerationKind
+from agent.contract.identity import GenerationKind
 from agent.differential.build import BuildRequest, build
 from agent.differential.reader import View
-from agent.service.node import Node, ProgressCall, open_mount
+from agent.service.generations import view
+from agent.service.node import Node, ProgressCall
 from agent.service.transfers import changed_bytes, known_transfer
 from agent.system.clock import wall_ns
 from agent.system.failpoint import failpoint
@@ -91,7 +92,7 @@ def send_transfer(node: Node, arguments: m.SendTransfer, progress: ProgressCall)
 
 def _build(node: Node, record: VolumeRecord, arguments: m.BuildTransfer) -> Dmi:
     base, target = node.generation(arguments.base), node.generation(arguments.target)
-    with _view(node, record, arguments.target) as target_view, _base_view(node, record, base) as base_view:
+    with view(node, record, arguments.target, "build") as target_view, _base_view(node, record, base) as base_view:
         return build(
             BuildRequest(
                 transfer=arguments.transfer,
@@ -114,23 +115,10 @@ def _build(node: Node, record: VolumeRecord, arguments: m.BuildTransfer) -> Dmi:
 
 
 @contextmanager
-def _view(node: Node, record: VolumeRecord, generation: GenerationId) -> Iterator[View]:
-    """Yield a generation's device and read-only mount."""
-    mount_point = node.private_folder("build", f"{record.id}-{generation.name}")
-    with node.substrate.reading(generation) as device:
-        filesystem.mount(device, mount_point, record.filesystem, read_only=True)
-        try:
-            with open_mount(mount_point) as mount_fd:
-                yield View(device, mount_point, mount_fd)
-        finally:
-            filesystem.unmount(mount_point)
-
-
-@contextmanager
 def _base_view(node: Node, record: VolumeRecord, base: m.GenerationFacts) -> Iterator[View | None]:
     """Yield the view of the base, None for g0, which has no filesystem."""
     if base.kind is GenerationKind.EMPTY:
         yield None
     else:
-        with _view(node, record, base.id) as view:
-            yield view
+        with view(node, record, base.id, "build") as found:
+            yield found

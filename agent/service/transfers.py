@@ -79,7 +79,9 @@ def recover(node: Node) -> None:
             transfer = node.store.load(number)
         except LandfallError:
             continue
-        if transfer.state is m.TransferState.BUILDING:
+        if transfer.state is m.TransferState.BUILDING or transfer.mends:
+            for kind in WorkspaceKind if transfer.mends else ():  # a mend that broke off is begun anew
+                node.substrate.discard(Workspace(transfer.base.volume, number, kind))
             node.store.discard(number)
         elif not transfer.sending and is_held(node, transfer.target):
             node.store.set_state(number, m.TransferState.COMMITTED)
@@ -128,7 +130,7 @@ def _discard(node: Node, transfer: TransferRecord) -> None:
     if transfer.state is m.TransferState.SALVAGED and node.record(transfer.target.volume).role is m.Role.SECONDARY:
         raise DeviceBusy("a salvage of this transfer is committed", fix="Undo the salvage first, or keep both.")
     if transfer.sending:
-        if transfer.state is not m.TransferState.COMMITTED and is_held(node, transfer.target):
+        if transfer.state is not m.TransferState.COMMITTED and is_held(node, transfer.target) and not transfer.mends:
             node.substrate.drop(transfer.target)
             forget(node.differential_state(transfer.target.volume), transfer.target)
     else:

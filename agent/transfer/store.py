@@ -45,6 +45,7 @@ class TransferRecord:
     state: TransferState
     since_ns: int
     priorities: tuple[tuple[str, int], ...] = ()
+    mends: bool = False  # it replaces damaged blocks of a generation that both nodes hold; broken off, it is begun anew
 
 
 class TransferStore:

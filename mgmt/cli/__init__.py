@@ -18,7 +18,7 @@ from typing import Final, NoReturn
 import click
 
 from agent.contract.errors import LandfallError, PathRefused
-from mgmt.cli import cycle, volumes, words
+from mgmt.cli import cycle, upkeep, volumes, watching, words
 from mgmt.cli.place import DEFAULT_CONFIG, Place
 
 LATER: Final = {"lab": ("mgmt.lab.cli", "lab"), "drill": ("mgmt.drill.cli", "drill")}
@@ -71,6 +71,10 @@ for command in (
     cycle.serve,
     cycle.unserve,
     cycle.discard,
+    watching.watch,
+    watching.history,
+    watching.hold,
+    upkeep.verify,
     words.explain,
     words.check_config,
 ):

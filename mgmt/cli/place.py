@@ -43,13 +43,18 @@ class Place:
         return read_inventory(self.path)
 
     @contextmanager
+    def inside(self) -> Iterator[Inventory]:
+        """Lend the configuration, inside the lab's network where there is one."""
+        inventory = self.inventory()
+        self._enter(inventory.network_namespace)
+        yield inventory
+
+    @contextmanager
     def site(self) -> Iterator[Site]:
         """Lend the management node at work, inside the lab's network where there is one."""
         from mgmt.run import Site
 
-        inventory = self.inventory()
-        self._enter(inventory.network_namespace)
-        with Site(inventory) as site:
+        with self.inside() as inventory, Site(inventory) as site:
             yield site
 
     def _enter(self, namespace: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
@@ -33,6 +33,8 @@ def rules(function: Callable[..., None]) -> Callable[..., None]:
             "--priority", "priorities", multiple=True, metavar="PREFIX=LEVEL", help="Send what is below PREFIX earlier; higher is earlier."
         ),
         click.option("--atomic", multiple=True, metavar="NAME=PATTERN", help="All or none of these files; give a NAME several times."),
+        click.option("--schedule", metavar="CALENDAR", help="When `landfall watch` replicates it, as in a systemd timer; '' for never."),
+        click.option("--keep", metavar="RULE", help="Generations to keep, such as last=16,hourly=24,daily=7; '' for the configuration's."),
     ):
         function = option(function)
     return function
@@ -61,6 +63,8 @@ def volume_add(
     deletions: str | None,
     priorities: tuple[str, ...],
     atomic: tuple[str, ...],
+    schedule: str | None,
+    keep: str | None,
     as_json: bool,
 ) -> None:
     """Make volume NAME on the primary and get the secondary ready for its replica."""
@@ -68,7 +72,7 @@ def volume_add(
     from mgmt.determination import Policy
     from mgmt.terminal import say, show_json
 
-    levels, sets = _levels(priorities), _sets(atomic)
+    levels, sets, timing = _levels(priorities), _sets(atomic), _timing(schedule, keep)
     with place.site() as site:
         names = site.inventory.names
         if (primary is None or secondary is None) and len(names) != 2:
@@ -89,6 +93,7 @@ def volume_add(
             sector_bytes=int(sector),
             mkfs_options=mkfs_options,
         )
+        run.set_volume(site, name, **timing)
     if as_json:
         show_json(to_document(facts))
     else:
@@ -119,10 +124,13 @@ def volume_list(place: Place, as_json: bool) -> None:
             entry.policy.deletions.value,
             ", ".join(f"{prefix}={level}" for prefix, level in entry.priorities) or "-",
             ", ".join(atomic.name for atomic in entry.policy.atomic_sets) or "-",
+            entry.schedule or "-",
+            str(entry.keep) or "-",
         )
         for entry in entries
     )
-    show([Sheet(("volume", "filesystem", "size", "primary", "secondary", "deletions", "priorities", "atomic sets"), rows)])
+    columns = ("volume", "filesystem", "size", "primary", "secondary", "deletions", "priorities", "atomic sets", "schedule", "keeps")
+    show([Sheet(columns, rows)])
 
 
 @volume.command("set")
@@ -138,6 +146,8 @@ def volume_set(
     deletions: str | None,
     priorities: tuple[str, ...],
     atomic: tuple[str, ...],
+    schedule: str | None,
+    keep: str | None,
     no_priorities: bool,
     no_atomic: bool,
     as_json: bool,
@@ -147,13 +157,13 @@ def volume_set(
     from mgmt.determination import Policy
     from mgmt.terminal import say, show_json
 
-    levels, sets = _levels(priorities), _sets(atomic)
+    levels, sets, timing = _levels(priorities), _sets(atomic), _timing(schedule, keep)
     with place.site() as site:
         entry = site.catalog.volume(volume)
         kept = {found.name: found for found in (() if no_atomic else entry.policy.atomic_sets)} | {found.name: found for found in sets}
         wanted = dict(() if no_priorities else entry.priorities) | dict(levels)
         policy = Policy(Deletions(deletions) if deletions else entry.policy.deletions, tuple(kept.values()))
-        entry = run.set_volume(site, volume, policy=policy, priorities=tuple(wanted.items()))
+        entry = run.set_volume(site, volume, policy=policy, priorities=tuple(wanted.items()), **timing)
     if as_json:
         show_json(to_document(entry))
     else:
@@ -181,3 +191,19 @@ def _sets(atomic: tuple[str, ...]) -> tuple[AtomicSet, ...]:
             raise click.BadParameter(f"{text!r} is not NAME=PATTERN", param_hint="--atomic")
         patterns.setdefault(name, []).append(pattern)
     return tuple(AtomicSet(name, tuple(listed)) for name, listed in patterns.items())
+
+
+def _timing(schedule: str | None, keep: str | None) -> dict[str, Any]:
+    """Return what was said of schedule and retention, proved."""
+    from agent.system.clock import wall_ns
+    from mgmt.keep import Keep
+    from mgmt.watch.schedule import next_due_ns
+
+    timing: dict[str, Any] = {}
+    if schedule is not None:
+        if schedule and next_due_ns(schedule, wall_ns() // 10**9) is None:
+            raise click.BadParameter(f"{schedule!r} never comes again", param_hint="--schedule")
+        timing["schedule"] = schedule
+    if keep is not None:
+        timing["keep"] = Keep.parse(keep)
+    return timing

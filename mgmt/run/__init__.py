@@ -3,21 +3,25 @@
 site          what operations work on: configuration, catalog, authority, the nodes
 volumes       add a volume, list, lay down its policy, serve it or stop
 notices       notifications fetched, stored, acknowledged
-retention     generations let go
+retention     generations let go, and held
 replication   a generation, its differential, a transfer, resumed while both nodes live; discard
 standing      how a volume stands: both sides' facts, open transfers with their gauge
+verification  both copies of a generation compared, and made equal
 salvage       the evidence fetched, determined, the update instruction, the loss statement; undo
 """
 
 from mgmt.run.notices import collect, wait_for_failure
 from mgmt.run.replication import Prepared, Replicated, discard, prepare, replicate
+from mgmt.run.retention import hold, release_hold
 from mgmt.run.salvage import Salvage, undo, verdicts
 from mgmt.run.salvage import salvage as salvage_volume
 from mgmt.run.site import Site, Teller
 from mgmt.run.standing import NodeView, Standing, gauge_of, standing
+from mgmt.run.verification import Damage, Verified, verify
 from mgmt.run.volumes import add_volume, list_volumes, serve, set_volume, unserve
 
 __all__ = [
+    "Damage",
     "NodeView",
     "Prepared",
     "Replicated",
@@ -25,12 +29,15 @@ __all__ = [
     "Site",
     "Standing",
     "Teller",
+    "Verified",
     "add_volume",
     "collect",
     "discard",
     "gauge_of",
+    "hold",
     "list_volumes",
     "prepare",
+    "release_hold",
     "replicate",
     "salvage_volume",
     "serve",
@@ -39,5 +46,6 @@ __all__ = [
     "undo",
     "unserve",
     "verdicts",
+    "verify",
     "wait_for_failure",
 ]

@@ -8,9 +8,10 @@ from __future__ import annotations
 import contextlib
 
 from agent.contract import messages as m
-from agent.contract.errors import DeviceBusy, NodeUnreachable, TransferBusy
+from agent.contract.errors import DeviceBusy, NodeUnreachable, NoSuchGeneration, TransferBusy
 from agent.contract.identity import GenerationId, GenerationKind
-from mgmt.catalog import VolumeEntry
+from agent.system.clock import wall_ns
+from mgmt.catalog import Hold, VolumeEntry
 from mgmt.keep import Keep, let_go
 from mgmt.run.site import Site
 from mgmt.run.volumes import facts_of
@@ -31,6 +32,24 @@ def retain(site: Site, entry: VolumeEntry) -> list[GenerationId]:
         with contextlib.suppress(NodeUnreachable):
             gone += _retain_on(site, entry, name)
     return gone
+
+
+def hold(site: Site, name: str, generation: str, reason: str) -> None:
+    """Keep a generation, named as `landfall status` does, whatever the volume's rule says; NoSuchGeneration if neither node holds it."""
+    entry = site.catalog.volume(name)
+    held = set()
+    for node in (entry.primary, entry.secondary):
+        with contextlib.suppress(NodeUnreachable):
+            held |= {facts.id.name for facts in facts_of(site.node(node), entry.id).generations}
+    if generation not in held:
+        raise NoSuchGeneration(f"no node that answers holds generation {generation} of volume {entry.name}")
+    site.catalog.hold(entry.id, Hold(generation, reason, wall_ns()))
+
+
+def release_hold(site: Site, name: str, generation: str) -> None:
+    """Let retention have a generation again; NoSuchGeneration if it was not held."""
+    if not site.catalog.release(site.catalog.volume(name).id, generation):
+        raise NoSuchGeneration(f"generation {generation} of volume {name} is not held", fix="`landfall hold VOLUME` lists what is.")
 
 
 def _retain_on(site: Site, entry: VolumeEntry, name: str) -> list[GenerationId]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 from uuid import UUID, uuid4
 
 from agent.contract import messages as m
@@ -65,17 +66,9 @@ def list_volumes(site: Site) -> list[VolumeEntry]:
     return site.catalog.volumes()
 
 
-def set_volume(
-    site: Site, name: str, *, policy: Policy | None = None, priorities: tuple[tuple[str, int], ...] | None = None
-) -> VolumeEntry:
-    """Return the volume with what was given laid down for it; what is None stays."""
-    entry = site.catalog.volume(name)
-    changed = dataclasses.replace(
-        entry,
-        policy=entry.policy if policy is None else policy,
-        priorities=entry.priorities if priorities is None else priorities,
-    )
-    site.catalog.set_volume(changed)
+def set_volume(site: Site, name: str, **changes: Any) -> VolumeEntry:
+    """Return the volume with ``changes``, fields of its entry, laid down for it; what is not among them stays."""
+    site.catalog.set_volume(dataclasses.replace(site.catalog.volume(name), **changes))
     return site.catalog.volume(name)
 
 

@@ -1,0 +1,99 @@
+"""What keeps a pair fit for the bad night: verify."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from agent.contract.errors import ReplicaDiffers
+from agent.contract.messages import to_document
+from mgmt.cli.place import Place, as_json_option, at_place, volume_argument, want, yes_option
+
+if TYPE_CHECKING:
+    from mgmt.run import Damage, Verified
+    from mgmt.terminal import Sheet
+
+
+@click.command()
+@volume_argument
+@click.option("--generation", help="Which, by name; without it, the newest that both nodes hold.")
+@click.option("--heal", is_flag=True, help="Bring damaged blocks from the copy that is right.")
+@click.option("--trust", metavar="NODE", help="Whose copy is right where no digest table says it.")
+@yes_option
+@as_json_option
+@at_place
+def verify(place: Place, volume: str, generation: str | None, heal: bool, trust: str | None, yes: bool, as_json: bool) -> None:
+    """Compare both nodes' copies of a generation of VOLUME block by block, and name the files whose blocks differ.
+
+    Every block is read from the disks again; only digests travel. Operational volumes are not touched, also by --heal.
+    """
+    from mgmt import run
+    from mgmt.terminal import Bars, say, show, show_json
+
+    if heal:
+        want(yes, f"Replace damaged blocks in generations of volume {volume}?")
+    with place.site() as site, Bars(quiet=as_json) as bars:
+        found = run.verify(site, volume, generation=generation, heal=heal, trust=trust, tell=bars.tell)
+    if as_json:
+        show_json({**to_document(found), "clean": found.clean})
+        click.get_current_context().exit(0 if found.clean else ReplicaDiffers.exit_code)  # the document says it all: one is enough
+    show(_sheets(found))
+    if not found.clean:
+        raise ReplicaDiffers(f"{found.generation.name} of volume {found.volume}: {_sentence(found)}", fix=_fix(found))
+    say(f"{found.generation.name} is equal on both nodes, {found.blocks:,} blocks compared{_mended(found)}.")
+
+
+def _sheets(found: Verified) -> list[Sheet]:
+    """Return the damage as tables: what of it, then the files."""
+    from mgmt.terminal import Sheet
+
+    rows, files = [], []
+    for damage in found.damage:
+        owners, node = damage.owners, damage.node or "not known"
+        kinds = {"metadata": owners.metadata_blocks, "journal": owners.journal_blocks, "free": owners.free_blocks}
+        other = ", ".join(f"{count:,} {kind}" for kind, count in {**kinds, "without a name": owners.nameless_blocks}.items() if count)
+        state = "mended" if damage.mended else "damaged"
+        rows.append((node, state, f"{damage.blocks:,}", f"{len(owners.files):,}", other or "-"))
+        files += [(node, f"{file.blocks:,}", path) for file in owners.files for path in file.paths]
+    sheets = []
+    if rows:
+        sheets.append(Sheet(("wrong on", "", "blocks", "files", "blocks of no file"), tuple(rows)))
+    if files:
+        sheets.append(Sheet(("wrong on", "blocks", "file"), tuple(files)))
+    if found.written:
+        sheets.append(Sheet(("somebody wrote to the copy on", "because"), found.written))
+    if found.doubted:
+        places = tuple((str(first), str(count)) for first, count in found.doubted)
+        sheets.append(Sheet(("equal on both nodes, other than recorded: first block", "blocks"), places))
+    return sheets
+
+
+def _sentence(found: Verified) -> str:
+    left = [damage for damage in found.damage if not damage.mended]
+    parts = [
+        f"{sum(damage.blocks for damage in left if damage.node == node):,} blocks are wrong on {node}" for node in _nodes(left) if node
+    ]
+    if unknown := sum(damage.blocks for damage in left if not damage.node):
+        parts.append(f"{unknown:,} blocks differ, and nothing says whose are right")
+    if found.doubted:
+        parts.append(f"{sum(count for _, count in found.doubted):,} blocks are equal on both nodes and not what the digest table says")
+    return "; ".join(parts)
+
+
+def _fix(found: Verified) -> str:
+    left = [damage for damage in found.damage if not damage.mended]
+    if any(not damage.node for damage in left):
+        return f"Find out whose copy is right; then `landfall verify {found.volume} --heal --trust NODE`."
+    if left:
+        return f"`landfall verify {found.volume} --heal` mends it; then look at the disks of {', '.join(_nodes(left))}."
+    return "Both disks, or the table, may be wrong: compare the files with a backup, and replicate in full."
+
+
+def _nodes(damage: list[Damage]) -> list[str]:
+    return sorted({found.node for found in damage})
+
+
+def _mended(found: Verified) -> str:
+    mended = sum(damage.blocks for damage in found.damage if damage.mended)
+    return f", {mended:,} of them mended" if mended else ""

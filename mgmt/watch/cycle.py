@@ -1,0 +1,112 @@
+"""One cycle for one volume: both nodes are asked, the decision is made, what it says is done, and the history has the sentence."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Final, Protocol
+
+from agent.contract.errors import LandfallError
+from agent.system.clock import monotonic_s, wall_ns
+from mgmt import run
+from mgmt.catalog import VolumeEntry
+from mgmt.run import Site
+from mgmt.watch.decision import Act, Decision, Facts, Failure, decide
+from mgmt.watch.schedule import next_due_ns
+
+CYCLE: Final = "cycle"
+"""The kind of history entries that come from here."""
+
+
+class Starter(Protocol):
+    """Runs a job beside the cycles: a thread in the service, at once in a simulation."""
+
+    def __call__(self, job: Callable[[], None], name: str) -> None: ...
+
+
+@dataclass(slots=True)
+class _Memory:
+    """What is remembered of a volume between cycles, and forgotten with the service."""
+
+    silent_since_s: float | None = None
+    failure: Failure | None = None
+    working: str = ""  # what a job beside the cycles is doing
+
+
+@dataclass(slots=True)
+class Watch:
+    """The volumes of one management node under watch. ``open_site`` gives each job its own connections."""
+
+    open_site: Callable[[], Site]
+    start: Starter
+    now_ns: Callable[[], int] = wall_ns
+    now_s: Callable[[], float] = monotonic_s
+    _memory: dict[str, _Memory] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def cycle(self, site: Site) -> list[str]:
+        """Return what was done for each volume and why, one sentence each; all are in the history."""
+        return [self._volume(site, entry) for entry in run.list_volumes(site)]
+
+    def _volume(self, site: Site, entry: VolumeEntry) -> str:
+        memory = self._memory.setdefault(str(entry.id), _Memory())
+        with self._lock:
+            working = memory.working
+        if working:
+            return self._say(site, entry, f"{working}.")
+        try:
+            decision = decide(self._facts(site, entry, memory))
+        except LandfallError as error:
+            decision = Decision(Act.HOLD, f"holds still: {error}")
+        if decision.act is Act.REPLICATE:
+            self._begin(entry, memory, decision.sentence)
+        return self._say(site, entry, f"{decision.sentence.rstrip('.')}.")
+
+    def _facts(self, site: Site, entry: VolumeEntry, memory: _Memory) -> Facts:
+        standing = run.standing(site, entry.name)
+        primary_answers = standing.primary.facts is not None or not standing.primary.problem
+        if primary_answers:
+            memory.silent_since_s = None
+        elif memory.silent_since_s is None:
+            memory.silent_since_s = self.now_s()
+        silent_s = 0.0 if memory.silent_since_s is None else self.now_s() - memory.silent_since_s
+        return Facts(
+            now_ns=self.now_ns(),
+            standing=standing,
+            due_ns=self._due_ns(site, entry),
+            failure=memory.failure,
+            silent_s=silent_s,
+            patience_s=site.inventory.silence_limit_s,
+            seen_by_peer=None,
+            automatic=False,
+        )
+
+    @staticmethod
+    def _due_ns(site: Site, entry: VolumeEntry) -> int | None:
+        """When the volume is due again after it was last tried; at once if it never was."""
+        if not entry.schedule:
+            return None
+        last_ns = site.catalog.last_begun_ns(entry.id)
+        return next_due_ns(entry.schedule, last_ns // 10**9) if last_ns is not None else 0
+
+    def _begin(self, entry: VolumeEntry, memory: _Memory, why: str) -> None:
+        def job() -> None:
+            failure = None
+            try:
+                with self.open_site() as site:
+                    done = run.replicate(site, entry.name)
+                    self._say(site, entry, f"replicated {done.target.name} in {done.seconds:.1f} s, {done.sent.bytes_sent:,} bytes sent.")
+            except LandfallError as error:
+                failure = Failure(error, self.now_ns(), 1 + (memory.failure.times if memory.failure else 0))
+            finally:
+                with self._lock:
+                    memory.failure, memory.working = failure, ""
+
+        with self._lock:
+            memory.working = why
+        self.start(job, f"replicate {entry.name}")
+
+    def _say(self, site: Site, entry: VolumeEntry, sentence: str) -> str:
+        site.catalog.note(entry.id, CYCLE, sentence, self.now_ns())
+        return f"{entry.name} {sentence}"

@@ -1,0 +1,134 @@
+"""What is to be done for a volume now: a pure function of what both nodes said, what was tried, and the clock."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final
+
+from agent.contract import messages as m
+from agent.contract.errors import LandfallError, Retry
+from mgmt.run import Standing
+from mgmt.view import moment
+
+FIRST_PAUSE_S: Final = 15.0
+LONGEST_PAUSE_S: Final = 900.0
+
+
+class Act(StrEnum):
+    """What a cycle does for a volume. Waiting is an act of its own, and so is holding still until an operator decides."""
+
+    REPLICATE = "replicate"
+    FAILOVER = "failover"
+    WAIT = "wait"
+    HOLD = "hold"
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What to do and why, in one sentence without its subject."""
+
+    act: Act
+    sentence: str
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """How the last order for a volume failed, and how many did in a row."""
+
+    error: LandfallError
+    at_ns: int
+    times: int
+
+    @property
+    def again_ns(self) -> int:
+        """When it may be tried again, if its class allows that at all."""
+        return self.at_ns + int(min(FIRST_PAUSE_S * 2 ** (self.times - 1), LONGEST_PAUSE_S) * 1e9)
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """All that is known of a volume in one cycle."""
+
+    now_ns: int
+    standing: Standing
+    due_ns: int | None  # when it is due; None: nobody laid down when
+    failure: Failure | None
+    silent_s: float  # for how long the primary has not answered; 0 while it does
+    patience_s: float  # how long it may be silent
+    seen_by_peer: bool | None  # whether the secondary reaches the primary; None: it was not asked, or could not say
+    automatic: bool  # whether a failover wants no operator
+
+
+def decide(facts: Facts) -> Decision:
+    """Return the first that applies: what must not go on, what is gone, what broke off, what is due."""
+    return _refused(facts) or _silent(facts) or _unfinished(facts) or _scheduled(facts)
+
+
+def _refused(facts: Facts) -> Decision | None:
+    """What only an operator can decide, whoever answers."""
+    standing, name = facts.standing, facts.standing.volume.name
+    one, other = standing.primary.node, standing.secondary.node
+    if any(found.state is m.TransferState.SALVAGED for found in standing.secondary.transfers):
+        choice = f"`landfall failover {name}` serves it, `landfall salvage {name} --undo` takes it back"
+        return Decision(Act.HOLD, f"holds still: {other} holds a salvaged generation; {choice}")
+    if standing.secondary.facts is not None and standing.secondary.facts.role is m.Role.PRIMARY:
+        if standing.primary.facts is None:
+            return Decision(Act.WAIT, f"waits for {one} to come back: {other} has taken the volume over")
+        return Decision(Act.HOLD, f"holds still: {other} has taken the volume over, and {one} is back; `landfall failback {name}`")
+    return None
+
+
+def _silent(facts: Facts) -> Decision | None:
+    """A node does not answer."""
+    standing, name = facts.standing, facts.standing.volume.name
+    one, other = standing.primary.node, standing.secondary.node
+    if standing.primary.facts is None and not standing.primary.problem:
+        return Decision(Act.HOLD, f"holds still: {one} answers and does not hold the volume")
+    if standing.primary.facts is None:
+        if facts.silent_s < facts.patience_s:
+            return Decision(Act.WAIT, f"waits: {one} does not answer, and may be silent for {facts.patience_s:g} s")
+        if standing.secondary.facts is None:
+            return Decision(Act.WAIT, f"waits: neither {one} nor {other} answers")
+        if facts.seen_by_peer:
+            return Decision(Act.HOLD, f"holds still: {one} does not answer here, but {other} reaches it; one witness is not enough")
+        if facts.automatic:
+            return Decision(Act.FAILOVER, f"fails over: {one} answers neither here nor to {other}")
+        return Decision(Act.HOLD, f"holds still: {one} does not answer; `landfall failover {name}` is an operator's to say")
+    if standing.secondary.facts is None:
+        return Decision(Act.WAIT, f"waits: {other} does not answer ({standing.secondary.problem or 'it does not hold the volume'})")
+    return None
+
+
+def _unfinished(facts: Facts) -> Decision | None:
+    """A transfer runs, or broke off and can go on."""
+    transfers = facts.standing.open_transfers
+    if not transfers:
+        return None
+    newest = transfers[-1]
+    if newest.state is m.TransferState.RUNNING:
+        return Decision(Act.WAIT, f"waits: {newest.target.name} is being sent")
+    return _unless_failed(facts, f"goes on with {newest.target.name}, which broke off")
+
+
+def _scheduled(facts: Facts) -> Decision:
+    if facts.due_ns is None:
+        return Decision(Act.WAIT, "waits to be told: it has no schedule")
+    if facts.now_ns < facts.due_ns:
+        return Decision(Act.WAIT, f"waits until {moment(facts.due_ns)}")
+    since = f"was due at {moment(facts.due_ns)}" if facts.due_ns else "was never replicated"
+    return _unless_failed(facts, f"replicates: it {since}")
+
+
+def _unless_failed(facts: Facts, sentence: str) -> Decision:
+    """Return the order to replicate, unless the last one failed in a way that wants a pause, or a person."""
+    failed = facts.failure
+    if failed is None:
+        return Decision(Act.REPLICATE, sentence)
+    if failed.error.retry in {Retry.OPERATOR, Retry.NEVER}:
+        # What was due again since may meet other circumstances; before that, nothing has changed.
+        if facts.due_ns is None or facts.due_ns <= failed.at_ns or facts.now_ns < facts.due_ns:
+            return Decision(Act.HOLD, f"holds still: {failed.error}")
+    elif facts.now_ns < failed.again_ns:
+        return Decision(Act.WAIT, f"waits until {moment(failed.again_ns)} to try again: {failed.error.message.rstrip('.')}")
+    return Decision(Act.REPLICATE, sentence)

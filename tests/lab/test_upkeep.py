@@ -1,0 +1,178 @@
+"""Upkeep in a lab: copies compared and mended."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+
+from agent.contract.errors import NoSuchGeneration, RequestRefused
+from agent.contract.identity import BLOCK_BYTES, FilesystemKind, GenerationId
+from agent.system.run import run as start_program
+from mgmt import run
+from mgmt.inventory import Inventory, read_inventory
+from mgmt.lab import lifecycle
+from mgmt.lab.layout import Lab, NodeName
+from mgmt.lab.namespace import within
+
+MGMT, NAS1, NAS2 = NodeName
+SIZES = {FilesystemKind.EXT4: 64 << 20, FilesystemKind.XFS: 320 << 20}  # mkfs.xfs makes none below 300 MiB
+T = TypeVar("T")
+
+
+@pytest.fixture(scope="module")
+def lab() -> Iterator[Lab]:
+    with tempfile.TemporaryDirectory(prefix="landfall-upkeep-", dir="/var/tmp") as folder:
+        made = Lab.at(Path(folder) / "lab")
+        try:
+            lifecycle.up(made, pool_size_bytes=2 << 30)
+            yield made
+        finally:
+            lifecycle.down(made)
+
+
+def inventory_of(lab: Lab) -> Inventory:
+    return dataclasses.replace(read_inventory(lab.node(MGMT) / "etc" / "landfall.toml"), silence_limit_s=3.0)
+
+
+def managed(lab: Lab, act: Callable[[run.Site], T]) -> T:
+    """Return what ``act`` returns on the management node."""
+
+    def inside() -> T:
+        with run.Site(inventory_of(lab)) as site:
+            return act(site)
+
+    return within(lab.namespace(MGMT), inside)
+
+
+def made(lab: Lab, name: str, filesystem: FilesystemKind = FilesystemKind.EXT4) -> Path:
+    """Make a volume; return where NAS 1's files are, as this process can reach them."""
+    facts = managed(
+        lab,
+        lambda site: run.add_volume(site, name, filesystem=filesystem, size_bytes=SIZES[filesystem], primary=NAS1, secondary=NAS2),
+    )
+    return Path(facts.mount_point)
+
+
+def write(lab: Lab, root: Path, name: str, content: bytes) -> None:
+    script = "import os,sys; open(sys.argv[1],'wb').write(sys.stdin.buffer.read()); os.sync()"
+    start_program(lifecycle.inside(lab, NAS1, [sys.executable, "-c", script, str(root / name)]), stdin=content)
+
+
+def replicated(lab: Lab, name: str) -> GenerationId:
+    return managed(lab, lambda site: run.replicate(site, name)).target
+
+
+def image(generation: GenerationId) -> str:
+    """Where a node has the image of a generation; nobody but its own programs sees that folder."""
+    return f"/run/landfall/node/pool/volumes/{generation.volume}/generations/{generation.name}.img"
+
+
+def digest(lab: Lab, node: NodeName, path: str) -> str:
+    return start_program(lifecycle.inside(lab, node, ["sha256sum", path])).text
+
+
+ROT = """
+import os, sys
+path, secretly = sys.argv[1], sys.argv[2] == "secretly"
+about = os.stat(path)
+with open(path, "r+b") as file:
+    at = file.read().find(sys.stdin.buffer.read())
+    assert at >= 0 and at % 4096 == 0, at
+    file.seek(at + 1000)
+    byte = file.read(1)[0]
+    file.seek(at + 1000)
+    file.write(bytes([byte ^ 0x40]))
+    file.flush()
+    os.fsync(file.fileno())
+if secretly:
+    os.utime(path, ns=(about.st_atime_ns, about.st_mtime_ns))
+print(at // 4096)
+"""
+
+
+def rot(lab: Lab, node: NodeName, generation: GenerationId, content: bytes, how: str = "secretly") -> int:
+    """Flip a byte of the block that begins with ``content``, as a disk does: no time stamp tells of it. Return the block."""
+    argv = [sys.executable, "-c", ROT, image(generation), how]
+    return int(start_program(lifecycle.inside(lab, node, argv), stdin=content).text)
+
+
+def command(lab: Lab, *words: str, expect: int = 0) -> str:
+    """Return what ``landfall`` prints."""
+    argv = [sys.executable, "-m", "mgmt.cli", "--lab", str(lab.directory), *words]
+    return start_program(argv, ok=(expect,), timeout_s=120.0).text
+
+
+@pytest.mark.parametrize(("filesystem", "node"), [(FilesystemKind.EXT4, NAS2), (FilesystemKind.XFS, NAS1)])
+def test_E13_rot_outside_any_differential_is_found_named_and_mended(lab: Lab, filesystem: FilesystemKind, node: NodeName) -> None:
+    name = f"rot-{filesystem}-{node}"
+    root = made(lab, name, filesystem)
+    victim, other = os.urandom(3 * BLOCK_BYTES), os.urandom(2 * BLOCK_BYTES)
+    write(lab, root, "victim", victim)
+    replicated(lab, name)
+    write(lab, root, "other", other)
+    newest = replicated(lab, name)
+    assert managed(lab, lambda site: run.verify(site, name)).clean
+
+    block = rot(lab, node, newest, victim)
+    operational = str(Path(image(newest)).parents[1] / "operational.img")
+    before = digest(lab, NAS1, operational)
+    found = json.loads(command(lab, "verify", name, "--json", expect=90))
+    (damage,) = found["damage"]
+    assert not found["clean"]
+    assert (damage["node"], damage["runs"]) == (node, [[block, 1]])
+    assert [file["paths"] for file in damage["owners"]["files"]] == [["victim"]]
+    assert found["written"] == []
+
+    healed = managed(lab, lambda site: run.verify(site, name, heal=True))
+    assert healed.clean
+    assert healed.damage[0].mended
+    assert 0 < healed.bytes_sent < 64 << 10, "a mend sends the damaged blocks and no more"
+    assert managed(lab, lambda site: run.verify(site, name)).damage == ()
+    assert digest(lab, NAS1, operational) == before
+    write(lab, root, "after", b"a mended base is a base")
+    replicated(lab, name)
+    assert managed(lab, lambda site: run.verify(site, name)).clean
+
+
+def test_F2_a_secondary_that_somebody_wrote_to_is_told_apart_from_rot(lab: Lab) -> None:
+    root = made(lab, "written")
+    content = os.urandom(BLOCK_BYTES)
+    write(lab, root, "file", content)
+    newest = replicated(lab, "written")
+    rot(lab, NAS2, newest, content, "openly")
+    found = managed(lab, lambda site: run.verify(site, "written"))
+    assert [node for node, _ in found.written] == [NAS2]
+    assert [damage.node for damage in found.damage] == [NAS2]
+    assert managed(lab, lambda site: run.verify(site, "written", heal=True)).clean
+    assert managed(lab, lambda site: run.verify(site, "written")).written == ()
+
+
+def test_B14_without_a_digest_table_nobody_guesses_whose_copy_is_right(lab: Lab) -> None:
+    root = made(lab, "unknown")
+    content = os.urandom(BLOCK_BYTES)
+    write(lab, root, "file", content)
+    newest = replicated(lab, "unknown")
+    tables = f"/run/landfall/node/pool/state/differential/{newest.volume}"
+    start_program(lifecycle.inside(lab, NAS1, ["rm", f"{tables}/{newest.name}.digests"]))
+    rot(lab, NAS2, newest, content)
+    found = managed(lab, lambda site: run.verify(site, "unknown", heal=True))
+    assert [(damage.node, damage.mended) for damage in found.damage] == [("", False)]
+    assert not found.clean
+    assert managed(lab, lambda site: run.verify(site, "unknown", heal=True, trust=NAS1)).clean
+    assert managed(lab, lambda site: run.verify(site, "unknown")).damage == ()
+
+
+def test_a_generation_that_is_not_on_both_is_refused(lab: Lab) -> None:
+    made(lab, "never")
+    with pytest.raises(NoSuchGeneration):
+        managed(lab, lambda site: run.verify(site, "never"))
+    with pytest.raises(RequestRefused):
+        managed(lab, lambda site: run.verify(site, "never", trust="nas3"))

@@ -1,0 +1,167 @@
+"""The service against two scripted agents: what a cycle does for a volume, and the sentence it says."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agent.contract import messages as m
+from agent.contract.errors import BaseMismatch, ConfigInvalid, LinkLost
+from agent.system.files import lock_for_life
+from mgmt import run
+from mgmt.inventory import Inventory
+from mgmt.run import Site, replication
+from mgmt.watch import service
+from mgmt.watch.cycle import Watch
+from mgmt.watch.schedule import next_due_ns
+from tests.unit.mgmt_pair import Pair, die, lose
+
+NOON_S = 1_795_435_200  # 2026-11-23 12:00:00 UTC
+SECOND_NS = 10**9
+
+
+@dataclass
+class Scene:
+    """A volume under watch, with a clock that a test turns."""
+
+    pair: Pair
+    site: Site
+    now_s: float = NOON_S
+    jobs: list[Callable[[], None]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.watch = Watch(
+            self.pair.site, lambda job, name: self.jobs.append(job), now_ns=lambda: int(self.now_s * SECOND_NS), now_s=lambda: self.now_s
+        )
+
+    def cycle(self) -> str:
+        (sentence,) = self.watch.cycle(self.site)
+        return sentence
+
+    def work(self) -> None:
+        while self.jobs:
+            self.jobs.pop(0)()
+
+
+@pytest.fixture
+def scene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(replication, "FIRST_PAUSE_S", 0.001)
+    pair = Pair(tmp_path)
+    with pair.site() as site:
+        pair.with_volume(site)
+        made = Scene(pair, site)
+        monkeypatch.setattr(replication, "wall_ns", lambda: int(made.now_s * SECOND_NS))
+        yield made
+
+
+def scheduled(scene: Scene, schedule: str = "hourly") -> Scene:
+    run.set_volume(scene.site, "projects", schedule=schedule)
+    return scene
+
+
+def test_without_a_schedule_it_waits_to_be_told(scene: Scene) -> None:
+    assert scene.cycle() == "projects waits to be told: it has no schedule."
+    assert not scene.jobs
+
+
+def test_what_was_never_replicated_is_due_at_once_and_then_when_the_schedule_says(scene: Scene) -> None:
+    scheduled(scene)
+    assert "replicates: it was never replicated" in scene.cycle()
+    assert "replicates: it was never replicated" in scene.cycle()
+    assert len(scene.jobs) == 1, "one job at a time"
+    scene.work()
+    assert scene.cycle() == "projects waits until 2026-11-23 13:00:00 UTC."
+    scene.now_s += 3599
+    assert "waits" in scene.cycle()
+    scene.now_s += 1
+    assert "due at 2026-11-23 13:00:00 UTC" in scene.cycle()
+    scene.work()
+    assert len(scene.pair.nas2.said(m.ReceiveTransfer)) == 2
+    said = [entry.sentence for entry in scene.site.catalog.history(scene.site.catalog.volume("projects").id)]
+    assert sum(sentence.startswith("replicated g0000000") for sentence in said) == 2
+
+
+def test_a_link_that_breaks_is_tried_again_after_a_pause_that_grows(scene: Scene) -> None:
+    scheduled(scene)
+    scene.cycle()
+    scene.pair.fails = [lose(LinkLost)] * 12  # more than one order tries by itself
+    scene.work()
+    first = scene.cycle()
+    assert first.startswith("projects waits until 2026-11-23 12:00:15 UTC to try again")
+    scene.now_s += 15
+    assert "goes on with g00000001" in scene.cycle()
+    scene.work()
+    assert "waits until 2026-11-23 12:00:45 UTC to try again" in scene.cycle()
+    scene.now_s += 30
+    scene.cycle()
+    scene.pair.fails = []
+    scene.work()
+    assert scene.cycle() == "projects waits until 2026-11-23 13:00:00 UTC."
+    assert len(scene.pair.nas1.said(m.TakeGeneration)) == 1, "what broke off was gone on with"
+
+
+def test_what_only_an_operator_can_mend_is_not_tried_over_and_over(scene: Scene) -> None:
+    scheduled(scene)
+    scene.cycle()
+    scene.pair.fails = [lose(BaseMismatch)]
+    scene.work()
+    assert scene.cycle().startswith("projects holds still: [base-mismatch]")
+    scene.now_s += 60
+    assert scene.cycle().startswith("projects holds still: [base-mismatch]")
+    assert not scene.jobs
+
+
+def test_C11_a_silent_primary_is_given_time_and_then_left_to_the_operator(scene: Scene) -> None:
+    scheduled(scene)
+    scene.cycle()
+    scene.pair.fails = [die()]
+    scene.work()
+    assert scene.cycle() == "projects waits: nas1 does not answer, and may be silent for 0.1 s."
+    scene.now_s += 1
+    assert scene.cycle() == "projects holds still: nas1 does not answer; `landfall failover projects` is an operator's to say."
+    assert not scene.jobs
+
+
+def test_a_salvage_is_the_operators_to_go_on_with(scene: Scene) -> None:
+    scene.pair.fails = [die()]
+    with pytest.raises(Exception, match="nas1"):
+        run.replicate(scene.site, "projects")
+    run.salvage_volume(scene.site, "projects", declare_dead=True)
+    scene.now_s += 10
+    assert scene.cycle().startswith("projects holds still: nas2 holds a salvaged generation")
+
+
+def test_C8_a_second_service_waits_and_says_so(tmp_path: Path) -> None:
+    inventory = Inventory(state_dir=tmp_path, cycle_s=0.01)
+    held = lock_for_life(tmp_path / "watch.lock")
+    said: list[str] = []
+    told = threading.Event()
+
+    def say(sentence: str) -> None:
+        said.append(sentence)
+        told.set()
+
+    second = threading.Thread(target=lambda: service.watch(inventory, say, once=True))
+    second.start()
+    assert told.wait(30)
+    assert second.is_alive()
+    assert said == ["waits: another service watches these volumes."]
+    os.close(held)
+    second.join(30)
+    assert not second.is_alive()
+
+
+def test_the_calendar_is_systemds() -> None:
+    assert next_due_ns("hourly", NOON_S) == (NOON_S + 3600) * SECOND_NS
+    assert next_due_ns("Mon..Fri 04:00 Europe/Berlin", NOON_S) == (NOON_S + 15 * 3600) * SECOND_NS
+    assert next_due_ns("*:*:0/5", NOON_S + 1) == (NOON_S + 5) * SECOND_NS
+    assert next_due_ns("2020-01-01", NOON_S) is None
+    for wrong in ("every now and then", "--help", "25:00"):
+        with pytest.raises(ConfigInvalid):
+            next_due_ns(wrong, NOON_S)
