@@ -307,6 +307,35 @@ class Catalog:
             HistoryEntry(UUID(about), said, sentence, json.loads(facts), *when) for about, said, sentence, facts, *when in reversed(rows)
         ]
 
+    # --- who may write ---
+
+    def note_split_brain(self, volume: UUID, node: str, epoch: int, at_ns: int) -> None:
+        """Record that a volume was promoted at ``epoch`` without proof that ``node`` cannot write."""
+        with self.change() as db:
+            db.execute("INSERT OR REPLACE INTO split_brain VALUES (?, ?, ?, ?)", (str(volume), node, epoch, at_ns))
+
+    def end_split_brain(self, volume: UUID) -> None:
+        """Forget a split brain: what the other node held is kept, and it follows again."""
+        with self.change() as db:
+            db.execute("DELETE FROM split_brain WHERE volume = ?", (str(volume),))
+
+    def split_brain(self, volume: UUID) -> str | None:
+        """Return the node of which nothing proved that it could not write; None if there is no split brain."""
+        return next((node for (node,) in self.rows("SELECT node FROM split_brain WHERE volume = ?", str(volume))), None)
+
+    def failover_open(self, volume: UUID) -> bool:
+        """Whether a failover of the volume is under way, or was broken off."""
+        return bool(self.rows("SELECT 1 FROM failover WHERE volume = ? AND ended_ns IS NULL", str(volume)))
+
+    def note_lease(self, volume: UUID, node: str, seconds: float) -> None:
+        """Record, before it is asked for, that a node may have a lease of this length: a fence that waits leases out has to know."""
+        with self.change() as db:
+            db.execute("INSERT OR REPLACE INTO lease VALUES (?, ?, ?)", (str(volume), node, seconds))
+
+    def lease(self, volume: UUID, node: str) -> float:
+        """Return the seconds of the newest lease that a node may have; 0 if it never was given one."""
+        return next((seconds for (seconds,) in self.rows("SELECT seconds FROM lease WHERE volume = ? AND node = ?", str(volume), node)), 0.0)
+
     # --- transfers ---
 
     def begin_transfer(self, entry: TransferEntry) -> None:

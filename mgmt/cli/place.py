@@ -82,10 +82,10 @@ def at_place(function: Callable[..., None]) -> Callable[..., None]:
     return click.pass_obj(function)
 
 
-def want(yes: bool, question: str) -> None:
+def want(yes: bool, question: str, changes: str = "this changes what the secondary holds") -> None:
     """Go on only if a person says so: beforehand by --yes, or now at a terminal."""
     if yes:
         return
     if not sys.stdin.isatty():
-        raise click.UsageError("this changes what the secondary holds: add --yes")
+        raise click.UsageError(f"{changes}: add --yes")
     click.confirm(question, abort=True, err=True)

@@ -15,7 +15,17 @@ from dataclasses import dataclass
 from uuid import UUID, uuid4
 
 from agent.contract import messages as m
-from agent.contract.errors import BaseMismatch, LandfallError, NodeUnreachable, NoSuchTransfer, NoSuchVolume, Retry, TransferBusy
+from agent.contract.errors import (
+    BaseMismatch,
+    FailoverBusy,
+    LandfallError,
+    NodeUnreachable,
+    NoSuchTransfer,
+    NoSuchVolume,
+    Retry,
+    SplitBrain,
+    TransferBusy,
+)
 from agent.contract.identity import GenerationId, GenerationKind, empty_generation
 from agent.system.clock import monotonic_s, wall_ns
 from mgmt.catalog import TransferEntry, VolumeEntry
@@ -77,14 +87,17 @@ def replicate(
     attempts: int | None = None,
     tell: Teller = nobody,
     on_order: Callable[[UUID, m.Built | None], None] | None = None,
+    within_failover: bool = False,
 ) -> Replicated:
     """Return once the volume's newest generation is committed on the secondary.
 
     Raises what ended the transfer: LinkLost after ``attempts`` sessions, NodeUnreachable when a node went away. What had arrived is kept
-    on the secondary, for the next order or a salvage. ``on_order`` hears the transfer before the first byte of it is sent.
+    on the secondary, for the next order or a salvage. ``on_order`` hears the transfer before the first byte of it is sent. SplitBrain,
+    FailoverBusy where a differential might overwrite what nobody else has; a planned failover's own steps are ``within_failover``.
     """
     begun = monotonic_s()
     entry = site.catalog.volume(name)
+    _refuse_contested(site, entry, within_failover=within_failover)
     order = _prepared(site, entry, differential, tell)
     record = TransferEntry(order.transfer, entry.id, order.base, order.target, differential, wall_ns())
     site.catalog.begin_transfer(record)
@@ -131,6 +144,7 @@ def prepare(site: Site, name: str, *, differential: m.Differential = m.Different
     and ``discard`` or the next commit lets go of the other.
     """
     entry = site.catalog.volume(name)
+    _refuse_contested(site, entry)
     return _prepared(site, entry, differential, tell)
 
 
@@ -163,6 +177,17 @@ def discard(site: Site, name: str, transfer: UUID | None = None) -> list[tuple[U
         site.catalog.end_transfer(found, "discarded", wall_ns())
         site.catalog.mark_handled(found)
     return gone
+
+
+def _refuse_contested(site: Site, entry: VolumeEntry, *, within_failover: bool = False) -> None:
+    """SplitBrain or FailoverBusy while it is not settled which node's content is the volume."""
+    if node := site.catalog.split_brain(entry.id):
+        raise SplitBrain(
+            f"nothing proved that {node} did not write volume {entry.name} when {entry.primary} took it over",
+            fix=f"`landfall resync {entry.name} --discard-from {node}` keeps what it holds as a generation, and lets it follow.",
+        )
+    if not within_failover and site.catalog.failover_open(entry.id):
+        raise FailoverBusy(f"a failover of volume {entry.name} is not done")
 
 
 def _committed(site: Site, entry: VolumeEntry) -> tuple[set[GenerationId], NodeUnreachable | None]:
