@@ -334,7 +334,9 @@ class Catalog:
 
     def lease(self, volume: UUID, node: str) -> float:
         """Return the seconds of the newest lease that a node may have; 0 if it never was given one."""
-        return next((seconds for (seconds,) in self.rows("SELECT seconds FROM lease WHERE volume = ? AND node = ?", str(volume), node)), 0.0)
+        return next(
+            (seconds for (seconds,) in self.rows("SELECT seconds FROM lease WHERE volume = ? AND node = ?", str(volume), node)), 0.0
+        )
 
     # --- transfers ---
 

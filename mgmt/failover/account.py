@@ -64,7 +64,9 @@ class Account:
         """It in one sentence, for the history."""
         if self.kind is FailoverKind.PLANNED:
             return f"{self.target} took {self.name} over from {self.source} as planned, without loss: away for {self.seconds.total:.1f} s"
-        what = f"{self.files_recovered:,} of {self.files_changed:,} changed files recovered" if self.transfer else f"as of {self.generation}"
+        what = (
+            f"{self.files_recovered:,} of {self.files_changed:,} changed files recovered" if self.transfer else f"as of {self.generation}"
+        )
         proof = "WITHOUT PROOF that it is fenced: split brain" if self.split_brain else f"fenced by {self.fence}"
         return (
             f"{self.target} took {self.name} over from {self.source} ({proof}): {what}; "

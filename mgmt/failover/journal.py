@@ -134,10 +134,11 @@ class Journal:
         columns = "id, plan, operator, lost_ns, begun_ns, ended_ns, ending"
         rows = self.catalog.rows(f"SELECT {columns} FROM failover WHERE {which} ORDER BY begun_ns", value)  # noqa: S608 - words of ours
         found = []
-        for number, plan, *said in rows:
+        for number, plan, operator, lost_ns, begun_ns, ended_ns, ending in rows:
             steps = self.catalog.rows(
                 "SELECT step, begun_ns, ended_ns, facts FROM failover_step WHERE failover = ? ORDER BY begun_ns, rowid", number
             )
             entries = tuple(StepEntry(Step(step), begun, ended, json.loads(facts)) for step, begun, ended, facts in steps)
-            found.append(FailoverEntry(UUID(number), from_document(json.loads(plan), Plan), *said, entries))
+            made = from_document(json.loads(plan), Plan)
+            found.append(FailoverEntry(UUID(number), made, operator, lost_ns, begun_ns, ended_ns, ending, entries))
         return found

@@ -132,11 +132,11 @@ def plan(facts: Facts, wish: Wish) -> Plan:
     PrimaryAlive, FenceMissing, SplitBrain, EpochStale, NoSuchGeneration, NodeUnreachable, TransferBusy.
     """
     volume, target = facts.volume, facts.target
+    if not (wish.planned or wish.declare_dead or wish.force):
+        _refuse_living(facts)
     _refuse_unfit_target(facts, wish)
     if wish.planned:
         return _planned(facts)
-    if not (wish.declare_dead or wish.force):
-        _refuse_living(facts)
     if not facts.fence and not wish.force:
         raise FenceMissing(f"node {volume.primary} has no fence: nothing could prove that it does not write volume {volume.name} any more")
     unfinished = [found for found in facts.transfers if found.state in UNFINISHED]
@@ -175,7 +175,10 @@ def _refuse_unfit_target(facts: Facts, wish: Wish) -> None:
     if facts.split_brain and not wish.force:
         raise SplitBrain(f"volume {volume.name} is recorded as a split brain: {volume.secondary} may hold what nobody else does")
     if target.role is m.Role.PRIMARY:
-        raise EpochStale(f"{volume.secondary} is itself primary of volume {volume.name} at epoch {target.epoch}")
+        raise EpochStale(
+            f"{volume.secondary} takes itself for the primary of volume {volume.name}, at epoch {target.epoch}",
+            fix=f"`landfall failback {volume.name}` keeps what it holds and lets it follow {volume.primary}.",
+        )
     known = max(volume.epoch, facts.source.epoch if facts.source else 0)
     if target.epoch < known:
         raise EpochStale(

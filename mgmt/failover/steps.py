@@ -37,6 +37,8 @@ from mgmt.run.volumes import facts_of
 PERSON_LIMIT_S: Final = 3600.0
 """How long a person may take to go and look."""
 
+HISTORY_KIND: Final = "failover"
+
 StepFacts = dict[str, Any]
 """What the journal keeps of a step, as JSON."""
 
@@ -141,7 +143,9 @@ def salvage(work: Work) -> StepFacts:
     if found is None or found.state is m.TransferState.COMMITTED:
         return {}
     if found.state is m.TransferState.SALVAGED:
-        recorded = [entry.statement for entry in site.catalog.salvages(plan.volume) if entry.transfer == found.id and entry.undone_ns is None]
+        recorded = [
+            entry.statement for entry in site.catalog.salvages(plan.volume) if entry.transfer == found.id and entry.undone_ns is None
+        ]
         if recorded:
             return _facts_of(recorded[-1])
         target.ask(m.UndoSalvage(plan.volume))
@@ -182,7 +186,9 @@ def record(work: Work) -> StepFacts:
     plan = work.plan
     done = account(work.journal.entry(work.failover.id))
     work.site.catalog.set_volume(replace(work.volume, primary=plan.target, secondary=plan.source, epoch=plan.epoch))
-    work.site.catalog.note(plan.volume, "failover", done.sentence, done.served_ns, m.to_document(done))
+    said = work.site.catalog.history(plan.volume, kind=HISTORY_KIND, newest=1)
+    if not said or said[-1].facts.get("id") != str(done.id):
+        work.site.catalog.note(plan.volume, HISTORY_KIND, done.sentence, done.served_ns, m.to_document(done))
     return {}
 
 
