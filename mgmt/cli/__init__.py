@@ -72,6 +72,8 @@ for command in (
     cycle.unserve,
     cycle.discard,
     failover.failover,
+    failover.failback,
+    failover.resync,
     watching.watch,
     watching.history,
     watching.hold,

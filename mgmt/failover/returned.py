@@ -77,11 +77,11 @@ def compare(kept: Dmi | None, served: Dmi) -> Comparison:
             other = here.get(path)
             if other is not None and _same(account, other):
                 continue
-            held.append(
-                HeldFile(path, account.kind, account.size_bytes, account.mtime_ns, account.digest, there, _became(path, other))
-            )
+            held.append(HeldFile(path, account.kind, account.size_bytes, account.mtime_ns, account.digest, there, _became(path, other)))
     changed = [
-        ChangedFile(path, account.kind, account.size_bytes, account.outcome is Outcome.DELETED) for account, _ in ours for path in account.paths
+        ChangedFile(path, account.kind, account.size_bytes, account.outcome is Outcome.DELETED)
+        for account, _ in ours
+        for path in account.paths
     ]
     return Comparison(tuple(sorted(held, key=lambda found: found.path)), tuple(sorted(changed, key=lambda found: found.path)))
 

@@ -6,9 +6,10 @@ from typing import Any
 
 from agent.contract.messages import to_document
 from mgmt.failover.account import Account
+from mgmt.failover.failback import Followed
 from mgmt.failover.plan import Plan, Step
 from mgmt.terminal import Sheet
-from mgmt.view import moment
+from mgmt.view import bytes_words, moment
 
 
 def plan_document(made: Plan, first: Step) -> dict[str, Any]:
@@ -46,4 +47,25 @@ def account_sheets(done: Account) -> list[Sheet]:
             ((f"{lost.volume:.1f}", f"{lost.recovered:.1f}", f"{lost.others:.1f}", f"before {moment(done.served_ns)}"),),
             f"{done.sentence}. Proof: {done.proof}.",
         ),
+    ]
+
+
+def followed_document(followed: Followed) -> dict[str, Any]:
+    """Return what a node that follows again held, as one JSON document with its sentence."""
+    return {**to_document(followed), "sentence": followed.sentence}
+
+
+def followed_sheets(followed: Followed, rows: int) -> list[Sheet]:
+    """Return the two lists as tables, ``rows`` files of each; the stored lists have all."""
+    held = followed.comparison.held
+    listed = tuple(
+        (found.there.value, found.here.value, bytes_words(found.size_bytes), moment(found.mtime_ns), found.path) for found in held[:rows]
+    )
+    more = f"{len(held) - rows:,} more; " if len(held) > rows else ""
+    return [
+        Sheet(
+            (f"on {followed.node}", f"on {followed.primary}", "size", "changed", f"file that only {followed.node} has like this"),
+            listed,
+            f"{followed.sentence}. {more}all are in {followed.lists}",
+        )
     ]
