@@ -8,7 +8,8 @@ drill: setup
 	$(BIN)/landfall drill $(ARGS)
 
 # In a mount namespace of its own: nothing else on the machine can keep a test's filesystem busy, and whatever a killed test leaves goes with it.
-test: setup
+test:
+	@bash packaging/setup.sh --test
 	unshare --mount --propagation private $(BIN)/python -m pytest tests/unit tests/storage tests/lab tests/faults $(ARGS)
 
 # What needs device-mapper, in a guest that has it: see tests/guest. Takes minutes; a second argument selects, as in ARGS="-k E25".

@@ -30,6 +30,7 @@ class Config:
     lab: bool = False
     substrate: str = "reflink"
     volume_group: str = ""
+    metrics_textfile: str = ""
 
 
 def read_config(path: Path) -> Config:

@@ -368,6 +368,11 @@ class Catalog:
         (found,) = self._db.execute("SELECT max(begun_ns) FROM transfer WHERE volume = ?", (str(volume),)).fetchone()
         return None if found is None else int(found)
 
+    def last_committed_ns(self, volume: UUID) -> int | None:
+        """Return when a transfer of a volume was committed last; None if none ever was."""
+        row = self._db.execute("SELECT max(ended_ns) FROM transfer WHERE volume = ? AND ending = 'committed'", (str(volume),)).fetchone()
+        return None if row[0] is None else int(row[0])
+
     # --- notifications ---
 
     def store_notifications(self, node: str, notifications: tuple[Notification, ...]) -> list[Notification]:

@@ -59,6 +59,8 @@ class Inventory:
     keep_generations: int = 16  # of each volume, on each node
     resume_attempts: int = 5  # of one `landfall replicate`, while both nodes live
     cycle_s: float = 5.0  # of `landfall watch`
+    metrics_address: str = "127.0.0.1"  # where `landfall watch` answers Prometheus
+    metrics_port: int = 0  # 0: nowhere
     probe_limit_s: float = 3.0  # in which a living node takes a connection
 
     def entry(self, name: str) -> NodeEntry:
@@ -120,6 +122,8 @@ def _check(path: Path, inventory: Inventory) -> None:
     for key in limits:
         if getattr(inventory, key) <= 0:
             raise ConfigInvalid(f"{path}: {key} must be above 0")
+    if not 0 <= inventory.metrics_port < 65536:
+        raise ConfigInvalid(f"{path}: metrics_port is no port")
     if inventory.rate_limit_bytes_s < 0:
         raise ConfigInvalid(f"{path}: rate_limit_bytes_s must not be below 0")
 

@@ -78,7 +78,7 @@ class Node:
     @overload
     def ask(
         self,
-        arguments: m.CreateVolume | m.AdmitReplica | m.ServeVolume | m.StopServing,
+        arguments: m.CreateVolume | m.AdmitReplica | m.PromoteVolume | m.ServeVolume | m.StopServing,
         on_progress: OnProgress | None = ...,
         *,
         limit_s: float | None = ...,
@@ -105,6 +105,10 @@ class Node:
     def ask(self, arguments: m.ListTransfers, on_progress: OnProgress | None = ..., *, limit_s: float | None = ...) -> m.Transfers: ...
     @overload
     def ask(self, arguments: m.UpdateInstruction, on_progress: OnProgress | None = ..., *, limit_s: float | None = ...) -> m.Salvaged: ...
+    @overload
+    def ask(self, arguments: m.DemoteVolume, on_progress: OnProgress | None = ..., *, limit_s: float | None = ...) -> m.Demoted: ...
+    @overload
+    def ask(self, arguments: m.ProbePeer, on_progress: OnProgress | None = ..., *, limit_s: float | None = ...) -> m.Probed: ...
     @overload
     def ask(self, arguments: m.ReadOutbox, on_progress: OnProgress | None = ..., *, limit_s: float | None = ...) -> m.Outbox: ...
     @overload

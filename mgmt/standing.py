@@ -26,7 +26,7 @@ def sheets(standing: Standing) -> list[Sheet]:
         if facts is None:
             nodes.append((entry.name, view.node, "-", "-", "-", "-", view.problem or "does not hold it"))
             continue
-        newest = facts.generations[-1] if facts.generations else None
+        newest = m.newest(facts.generations) if facts.generations else None
         nodes.append(
             (
                 entry.name,
@@ -44,6 +44,9 @@ def sheets(standing: Standing) -> list[Sheet]:
     if standing.open_transfers:
         rows = tuple(_transfer_row(facts, standing.gauge(facts)) for facts in standing.open_transfers)
         sheets.append(Sheet(("open transfer", "state", "generations", "arrived", "if the primary died now"), rows))
+    views = (standing.primary, standing.secondary)
+    if unreadable := tuple((view.node, found.where, found.reason) for view in views for found in view.unreadable):
+        sheets.append(Sheet(("node", "cannot be read", "because"), unreadable))
     if standing.pending:
         said = tuple(
             (seen.node, seen.notification.kind, moment(seen.notification.at_ns), seen.notification.message) for seen in standing.pending

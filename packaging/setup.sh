@@ -2,9 +2,9 @@
 # Brings a Debian or Ubuntu machine to where Landfall's lab and tests run: kernel features, system packages,
 # and the locked virtual environment in build/venv. Run again, it skips what is there.
 #
-#   setup.sh [--bench] [--guest] [--venv-only]
+#   setup.sh [--test] [--bench] [--guest] [--venv-only]
 #
-# --bench adds the peers of the benchmarks; --guest the guest that has device-mapper, and LVM; --venv-only makes the virtual environment alone, for which root is not needed.
+# --test adds promtool, which judges metrics and alerts; --bench adds the peers of the benchmarks; --guest the guest that has device-mapper, and LVM; --venv-only makes the virtual environment alone, for which root is not needed.
 # Exit status 2 means that this machine cannot run the lab as it is; the one sentence printed says how to mend it.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -12,13 +12,14 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 say() { printf 'landfall: %s\n' "$*" >&2; }
 refuse() { say "$*"; exit 2; }
 
-bench=no guest=no venv_only=no
+test=no bench=no guest=no venv_only=no
 for argument in "$@"; do
     case "$argument" in
+        --test) test=yes ;;
         --bench) bench=yes ;;
         --guest) guest=yes ;;
         --venv-only) venv_only=yes ;;
-        *) refuse "unknown argument $argument; use --bench, --guest or --venv-only." ;;
+        *) refuse "unknown argument $argument; use --test, --bench, --guest or --venv-only." ;;
     esac
 done
 
@@ -78,6 +79,17 @@ apt_install() {
     DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 apt-get install -q -y --no-install-recommends "$@" >&2
 }
 
+# Prometheus and its hundreds of megabytes are not wanted, only the one program of it; so it is unpacked here and not installed.
+fetch_promtool() {
+    [ ! -x build/promtool/usr/bin/promtool ] || return 0
+    command -v promtool >/dev/null && return 0
+    say "fetching promtool"
+    rm -rf build/promtool
+    mkdir -p build/promtool
+    (cd build/promtool && { apt-get download -qq prometheus || { apt-get update -q >&2 && apt-get download -qq prometheus; }; } >&2 &&
+        dpkg-deb -x prometheus_*.deb . && rm prometheus_*.deb) || refuse "promtool could not be fetched; install the package prometheus and run this again."
+}
+
 find_python() {
     local candidate
     for candidate in python3 python3.14 python3.13 python3.12 python3.11; do
@@ -125,5 +137,6 @@ if [ "$venv_only" = no ]; then
     [ "$guest" = no ] || wanted_packages+=("${guest_packages[@]}")
     mapfile -t missing < <(missing_packages "${wanted_packages[@]}")
     [ ${#missing[@]} = 0 ] || install_packages "${missing[@]}"
+    [ "$test" = no ] || fetch_promtool
 fi
 make_venv

@@ -314,6 +314,23 @@ class PathRefused(LandfallError):
     code, exit_code, retry, fix = "path-refused", 55, Retry.OPERATOR, "Check the path, its permissions and the room on its filesystem."
 
 
+class EpochStale(LandfallError):
+    """The order names another epoch than the node's own: somebody was promoted meanwhile, or the order is out of date. Nothing was done."""
+
+    code, exit_code, retry, fix = (
+        "epoch-stale",
+        56,
+        Retry.OPERATOR,
+        "`landfall status` shows who is primary at the highest epoch; order it of that node.",
+    )
+
+
+class NotPrimary(LandfallError):
+    """Only the primary of a volume may serve it, hold its address, or have a lease for it; this node is its secondary. Nothing was done."""
+
+    code, exit_code, retry, fix = "not-primary", 57, Retry.OPERATOR, "`landfall status` shows who is; `landfall failover` changes it."
+
+
 class FenceMissing(LandfallError):
     """No fence is configured for a node, so nothing can prove that it does not write any more. Nothing was changed."""
 

@@ -31,6 +31,7 @@ class GenerationKind(StrEnum):
     FROZEN = "frozen"  # taken from the operational volume under a freeze
     COMMITTED = "committed"  # received whole: equal to the peer's frozen generation, block by block
     SALVAGED = "salvaged"  # base plus whole files: consistent, labelled, equal to no frozen generation
+    KEPT = "kept"  # what an overtaken primary still held when it was demoted: for comparing only, never a base
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from agent.contract.arrival import ArrivalRecord
 from agent.contract.dmi import Change, Dmi
 from agent.contract.errors import LandfallError, NoSpace, NoSuchGeneration, SalvageFailed
 from agent.contract.identity import GenerationKind, next_generation
-from agent.contract.messages import Deletions, FileOutcome, GenerationFacts, Outcome, Progress, Salvaged, UpdateInstruction
+from agent.contract.messages import Deletions, FileOutcome, GenerationFacts, Outcome, Progress, Salvaged, UpdateInstruction, newest
 from agent.recovery.apply import NO_ROOM, Applied, Tick, apply_plan
 from agent.recovery.check import check_instruction
 from agent.recovery.mount import mounted, unmount
@@ -98,10 +98,10 @@ def salvage(job: SalvageJob) -> Salvaged:
 def undo(job: SalvageJob) -> None:
     """Give the salvaged generation back, so that the transfer can be resumed. NoSuchGeneration if the newest is not this salvage's;
     DeviceBusy while it is in use. If we die here it is there or not."""
-    held = job.substrate.generations(job.dmi.head.base.volume)
-    if not held or held[-1].kind is not GenerationKind.SALVAGED or held[-1].salvaged_from != job.dmi.head.target:
+    last = newest(job.substrate.generations(job.dmi.head.base.volume))
+    if last.kind is not GenerationKind.SALVAGED or last.salvaged_from != job.dmi.head.target:
         raise NoSuchGeneration("the newest generation is not a salvage of this transfer", fix="`landfall status` shows what there is.")
-    job.substrate.drop(held[-1].id)
+    job.substrate.drop(last.id)
 
 
 def recover(substrate: Substrate, mount_folder: Path) -> None:
@@ -218,9 +218,9 @@ def _commit(job: SalvageJob) -> GenerationFacts:
     """Make the clone a generation under a fresh identity, after the newest that this node holds."""
     volume = job.dmi.head.base.volume
     record = next(record for record in job.substrate.volumes() if record.id == volume)
-    newest = max(facts.id.counter for facts in job.substrate.generations(volume))
+    counter = max(facts.id.counter for facts in job.substrate.generations(volume))
     facts = GenerationFacts(
-        next_generation(volume, record.epoch, newest), GenerationKind.SALVAGED, clock.wall_ns(), salvaged_from=job.dmi.head.target
+        next_generation(volume, record.epoch, counter), GenerationKind.SALVAGED, clock.wall_ns(), salvaged_from=job.dmi.head.target
     )
     job.progress(Progress("commit", 0, 1))
     failpoint("recovery.before_commit")

@@ -1,7 +1,9 @@
 """What the agent does when it is asked: one module per noun of the control plane, one function per verb.
 
 node         what the handlers work on: configuration, substrate, transfers, outbox, exports; one job per volume
-volumes      create, admit, list, serve, unserve
+volumes      create, admit, list
+serving      promote, serve, unserve, demote
+peers        probe
 generations  take, drop, open, close
 verification examine, digests, owners
 sending      build, send (NAS 1)
@@ -12,16 +14,19 @@ salvages     update, undo
 outbox       notifications kept for the management node
 devices      what block devices there are
 show         a DMI in words
+metrics      a file for Prometheus
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from agent.config import Config
 from agent.contract import messages as m
-from agent.service import devices, generations, mending, receiving, salvages, sending, transfers, verification, volumes
+from agent.service import devices, generations, mending, peers, receiving, salvages, sending, serving, transfers, verification, volumes
+from agent.service.metrics import TextFile
 from agent.service.node import Node, ProgressCall
 
 HANDLERS: dict[type[Any], Callable[[Node, Any, ProgressCall], Any]] = {
@@ -30,8 +35,10 @@ HANDLERS: dict[type[Any], Callable[[Node, Any, ProgressCall], Any]] = {
     m.CreateVolume: volumes.create,
     m.AdmitReplica: volumes.admit,
     m.ListVolumes: volumes.list_volumes,
-    m.ServeVolume: volumes.serve,
-    m.StopServing: volumes.unserve,
+    m.PromoteVolume: serving.promote,
+    m.ServeVolume: serving.serve,
+    m.StopServing: serving.unserve,
+    m.DemoteVolume: serving.demote,
     m.TakeGeneration: generations.take,
     m.DropGeneration: generations.drop,
     m.OpenGeneration: generations.open_generation,
@@ -49,6 +56,7 @@ HANDLERS: dict[type[Any], Callable[[Node, Any, ProgressCall], Any]] = {
     m.DiscardTransfer: transfers.discard,
     m.UpdateInstruction: salvages.update,
     m.UndoSalvage: salvages.undo_salvage,
+    m.ProbePeer: peers.probe,
     m.ReadOutbox: lambda node, arguments, progress: m.Outbox(node.outbox.read(arguments.after, arguments.wait_s)),
     m.AcknowledgeOutbox: lambda node, arguments, progress: _acknowledge(node, arguments),
 }
@@ -62,12 +70,15 @@ class Service:
         if set(HANDLERS) != {arguments for arguments, _ in m.VERBS.values()}:
             raise RuntimeError("a verb has no handler")
         self._node = Node(config)
+        self._metrics: TextFile | None = None
 
     def recover(self) -> None:
         """Finish or sweep what the last run of the agent left half done."""
         self._node.recover()
         transfers.recover(self._node)
         salvages.recover(self._node)
+        if self._node.config.metrics_textfile:
+            self._metrics = TextFile(self._node, Path(self._node.config.metrics_textfile))
 
     def handle(self, arguments: Any, progress: ProgressCall) -> Any:
         """Return the answer to a request: the verb's result, or bytes for a blob."""
@@ -75,6 +86,8 @@ class Service:
 
     def close(self) -> None:
         """End what runs in the background; transfers stay resumable."""
+        if self._metrics is not None:
+            self._metrics.close()
         self._node.close()
 
 

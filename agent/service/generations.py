@@ -25,7 +25,7 @@ def take(node: Node, arguments: m.TakeGeneration, progress: ProgressCall) -> m.T
         facts = m.GenerationFacts(next_generation(record.id, record.epoch, newest), GenerationKind.FROZEN, wall_ns())
         mount_point = node.mount_point(record) if node.serving(record) else None
         if mount_point is None:
-            _settle(node, record)
+            settle(node, record)
         frozen_ms = node.substrate.take(record.id, mount_point, facts)
     return m.Taken(facts, frozen_ms)
 
@@ -74,7 +74,7 @@ def view(node: Node, record: VolumeRecord, generation: GenerationId, purpose: st
             filesystem.unmount(mount_point)
 
 
-def _settle(node: Node, record: VolumeRecord) -> None:
+def settle(node: Node, record: VolumeRecord) -> None:
     """Let the filesystem of a volume that is not mounted replay its journal: after a crash the device alone is not what it holds."""
     mount_point = node.private_folder("settle", str(record.id))
     with node.substrate.operational(record.id) as device:

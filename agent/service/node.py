@@ -13,10 +13,11 @@ from uuid import UUID
 
 from agent.config import Config
 from agent.contract import messages as m
-from agent.contract.errors import DeviceBusy, NoSuchGeneration, NoSuchVolume, TransferBusy
+from agent.contract.errors import DeviceBusy, NoSuchGeneration, NoSuchVolume, NotOurs, TransferBusy
 from agent.contract.identity import GenerationId
 from agent.service.outbox import Outbox
 from agent.serving.samba import Samba
+from agent.serving.tenure import Tenures
 from agent.transfer.store import TransferStore
 from agent.volume import filesystem
 from agent.volume.freeze import thaw_if_frozen
@@ -56,6 +57,7 @@ class Node:
         self.store = TransferStore(config.state_dir / "transfers")
         self.outbox = Outbox(config.state_dir / "outbox")
         self.samba = Samba(config.run_dir / "samba", config.replication_address, config.smb_port, config.smb_guest or config.lab)
+        self.tenures = Tenures(config.run_dir / "tenure")
         self.receptions: dict[UUID, Reception] = {}
         self._jobs: dict[UUID, str] = {}
         self._lock = threading.Lock()
@@ -65,10 +67,13 @@ class Node:
         return m.NodeFacts(self.config.node, version("landfall"), m.PROTOCOL, self.config.lab, (self.substrate.kind,))
 
     def record(self, volume: UUID) -> VolumeRecord:
-        """Return a volume's record; NoSuchVolume if it is not held here."""
+        """Return a volume's record; NoSuchVolume if it is not held here, NotOurs if it cannot be read."""
         for record in self.substrate.volumes():
             if record.id == volume:
                 return record
+        for found in self.substrate.unreadable():
+            if found.volume == volume:
+                raise NotOurs(f"the record of volume {volume} cannot be read", cause=f"{found.where}: {found.reason}")
         raise NoSuchVolume(f"node {self.config.node} holds no volume {volume}")
 
     def generation(self, wanted: GenerationId) -> m.GenerationFacts:

@@ -19,12 +19,15 @@ from agent.contract.arrival import Arrived
 from agent.contract.dmi import Dmi
 from agent.contract.errors import (
     BaseMismatch,
+    DeviceBusy,
+    EpochStale,
     LandfallError,
     NoSpace,
     RecordMalformed,
     TransferBusy,
 )
 from agent.contract.identity import BLOCK_BYTES, GenerationId, GenerationKind
+from agent.differential.build import drop as forget
 from agent.service import mending
 from agent.service.node import Node, ProgressCall
 from agent.service.transfers import interrupted, is_held, records_of
@@ -105,7 +108,7 @@ def _expected(node: Node, volume: VolumeRecord, arguments: m.ReceiveTransfer) ->
             raise TransferBusy("the transfer was salvaged", fix="`landfall salvage --undo` makes it resumable.")
         elif known.state is m.TransferState.COMMITTED and is_held(node, known.target):
             return known
-    _refuse_unfit_base(node, volume, arguments.base)
+    _refuse_unfit_base(node, volume, arguments.base, arguments.target)
     for known in records:
         if known.id == arguments.transfer and known.state is not m.TransferState.COMMITTED:
             return known
@@ -124,19 +127,36 @@ def _expected(node: Node, volume: VolumeRecord, arguments: m.ReceiveTransfer) ->
     return transfer
 
 
-def _refuse_unfit_base(node: Node, volume: VolumeRecord, base: GenerationId) -> None:
-    """BaseMismatch unless ``base`` is the newest generation, as it was committed, of a volume that nobody may have written to here."""
+def _refuse_unfit_base(node: Node, volume: VolumeRecord, base: GenerationId, target: GenerationId) -> None:
+    """BaseMismatch unless ``base`` is the newest generation, as it was committed, of a volume that nobody may have written to here.
+
+    EpochStale for the target of a primary that was overtaken.
+    """
     if node.serving(volume) or volume.role is not m.Role.SECONDARY:
         raise BaseMismatch(
             f"node {node.config.node} has taken volume {volume.name} over, so its content is not the base any more",
-            fix="It is the volume now; it is not replicated back by this release.",
+            fix="It is the volume now; `landfall failback` brings the other node up to it.",
         )
-    newest = node.substrate.generations(volume.id)[-1]
+    if target.epoch < volume.epoch:
+        raise EpochStale(f"{target.name} is of epoch {target.epoch}, volume {volume.name} is at epoch {volume.epoch}")
+    newest = newest_before(node, base, target)
     if newest.id != base:
         raise BaseMismatch(
             f"the base {base.name} is not the newest generation here", cause=f"that is {newest.id.name} of epoch {newest.id.epoch}"
         )
     node.substrate.refuse_written(base)
+
+
+def newest_before(node: Node, base: GenerationId, target: GenerationId) -> m.GenerationFacts:
+    """Return the newest generation here that counts for a target of ``base``: what it overtakes stands beside the line."""
+    held = node.substrate.generations(base.volume)
+    return m.newest(tuple(facts for facts in held if not _is_overtaken(facts, base, target)))
+
+
+def _is_overtaken(facts: m.GenerationFacts, base: GenerationId, target: GenerationId) -> bool:
+    """Whether this node took or salvaged a generation by itself, after the base, in an epoch that has ended."""
+    is_own = facts.kind in {GenerationKind.FROZEN, GenerationKind.SALVAGED}
+    return is_own and facts.id.epoch < target.epoch and (facts.id.epoch, facts.id.counter) > (base.epoch, base.counter)
 
 
 def _receive_job(node: Node, transfer: TransferRecord, arguments: m.ReceiveTransfer) -> ReceiveJob:
@@ -160,6 +180,7 @@ def _receive_job(node: Node, transfer: TransferRecord, arguments: m.ReceiveTrans
         facts = m.GenerationFacts(transfer.target, GenerationKind.COMMITTED, node.store.dmi(transfer.id).head.target_taken_ns)
         node.substrate.commit(landing, facts)
         node.store.set_state(transfer.id, m.TransferState.COMMITTED)
+        _follow(node, transfer)
         _sweep_strays(node, transfer.target.volume)
 
     return ReceiveJob(
@@ -206,6 +227,21 @@ def place_healed(node: Node, transfer: TransferRecord) -> None:
     healed = Workspace(transfer.base.volume, transfer.id, WorkspaceKind.HEALED)
     if node.substrate.exists(healed):
         node.substrate.replace(healed, transfer.base)
+
+
+def _follow(node: Node, transfer: TransferRecord) -> None:
+    """Take over the epoch of what was committed, and let go what it overtook: all of that is in what was kept at the demotion.
+
+    If we die here, the epoch stands or is taken over at the next commit, and what is left goes then.
+    """
+    record = node.record(transfer.target.volume)
+    if transfer.target.epoch > record.epoch:
+        node.substrate.set_role(record.id, record.role, transfer.target.epoch)
+    for facts in node.substrate.generations(record.id):
+        if _is_overtaken(facts, transfer.base, transfer.target):
+            with suppress(DeviceBusy):
+                node.substrate.drop(facts.id)
+                forget(node.differential_state(record.id), facts.id)
 
 
 def _sweep_strays(node: Node, volume: UUID) -> None:

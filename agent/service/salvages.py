@@ -8,7 +8,7 @@ from agent.contract.errors import BaseMismatch, DeviceBusy, LandfallError, NoSuc
 from agent.recovery.salvage import SalvageJob, salvage, undo
 from agent.recovery.salvage import recover as sweep_salvages
 from agent.service.node import Node, ProgressCall
-from agent.service.receiving import place_healed, ready_landing
+from agent.service.receiving import newest_before, place_healed, ready_landing
 from agent.system.failpoint import failpoint
 from agent.transfer.store import TransferRecord
 
@@ -40,7 +40,7 @@ def _salvageable(node: Node, arguments: m.UpdateInstruction) -> TransferRecord:
             f"node {node.config.node} was made the primary of volume {volume.name}, and what it serves is not cloned anew",
             fix="Salvage before serving.",
         )
-    if node.substrate.generations(transfer.base.volume)[-1].id != transfer.base:
+    if newest_before(node, transfer.base, transfer.target).id != transfer.base:
         raise BaseMismatch("the newest generation here is not the base of this transfer any more")
     node.substrate.refuse_written(transfer.base)  # what is salvaged is labelled as this base with whole files in it
     if identity(node.store.dmi_bytes(transfer.id)).hex() != arguments.dmi_digest:

@@ -67,7 +67,7 @@ def discard(node: Node, arguments: m.DiscardTransfer, progress: ProgressCall) ->
     with node.job(volume, "transfer.discard"):
         transfer = node.store.load(arguments.transfer)  # it may have been committed before the volume was ours
         failpoint("dst.before_discard")
-        _discard(node, transfer)
+        give_up(node, transfer)
         failpoint("dst.after_discard")
     return m.Done()
 
@@ -121,16 +121,16 @@ def interrupted(node: Node, transfer: TransferRecord, message: str | None) -> No
         node.store.set_state(transfer.id, m.TransferState.INTERRUPTED)
 
 
-def changed_bytes(dmi: Dmi) -> int:
-    return int(dmi.block_count.sum(dtype=np.uint64)) * BLOCK_BYTES
+def give_up(node: Node, transfer: TransferRecord, *, with_target: bool = True) -> None:
+    """Forget a transfer and what it needed; its target too, if it is this node's own, unless that is committed or to be held.
 
-
-def _discard(node: Node, transfer: TransferRecord) -> None:
-    """The record goes last, so a crash here leaves a transfer that can be discarded again."""
+    The record goes last, so a crash here leaves a transfer that can be discarded again.
+    """
     if transfer.state is m.TransferState.SALVAGED and node.record(transfer.target.volume).role is m.Role.SECONDARY:
         raise DeviceBusy("a salvage of this transfer is committed", fix="Undo the salvage first, or keep both.")
     if transfer.sending:
-        if transfer.state is not m.TransferState.COMMITTED and is_held(node, transfer.target) and not transfer.mends:
+        is_left = transfer.state is not m.TransferState.COMMITTED and is_held(node, transfer.target)
+        if with_target and is_left and not transfer.mends:
             node.substrate.drop(transfer.target)
             forget(node.differential_state(transfer.target.volume), transfer.target)
     else:
@@ -139,6 +139,10 @@ def _discard(node: Node, transfer: TransferRecord) -> None:
         for kind in WorkspaceKind:
             node.substrate.discard(Workspace(transfer.base.volume, transfer.id, kind))
     node.store.discard(transfer.id)
+
+
+def changed_bytes(dmi: Dmi) -> int:
+    return int(dmi.block_count.sum(dtype=np.uint64)) * BLOCK_BYTES
 
 
 def _as_it_stands(node: Node, transfer: TransferRecord) -> TransferRecord:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 
 def wall_ns() -> int:
@@ -24,3 +25,8 @@ def wait_until(condition: Callable[[], bool], limit_s: float, *, every_s: float 
             return False
         time.sleep(every_s)
     return True
+
+
+def boot_id() -> str:
+    """Return what tells this boot of the kernel from every other (random(4))."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()

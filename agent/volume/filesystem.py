@@ -113,6 +113,15 @@ def mount(device: Path, mount_point: Path, kind: FilesystemKind, *, read_only: b
     run(["mount", "-n", "-t", str(kind), "-o", _OPTIONS[kind, read_only], str(device), str(mount_point)], timeout_s=_MOUNT_LIMIT_S)
 
 
+def remount(mount_point: Path, *, read_only: bool) -> None:
+    """Make a mounted volume writable, or read-only and written back; DeviceBusy if a process has a file open for writing there."""
+    option = f"remount,{'ro' if read_only else 'rw'}"
+    output = run(["mount", "-n", "-o", option, str(mount_point)], ok=(0, 32), timeout_s=_MOUNT_LIMIT_S)
+    if output.status:
+        words = output.stderr.decode("utf-8", "replace").strip()
+        raise DeviceBusy(f"{mount_point} is in use", cause=words, fix="Find who has files open there (lsof, fuser -m).")
+
+
 def unmount(mount_point: Path) -> None:
     """Unmount; on return everything is written back. DeviceBusy if a process uses it, after waiting for one that is just leaving."""
     words = ""
@@ -140,6 +149,12 @@ def unmount_below(folder: Path) -> None:
 def is_mounted(mount_point: Path) -> bool:
     """Whether something is mounted on exactly this folder."""
     return mount_on(mount_point) is not None
+
+
+def is_writable(mount_point: Path) -> bool:
+    """Whether something is mounted on exactly this folder and takes writes."""
+    there = mount_on(mount_point)
+    return there is not None and "rw" in there.options & there.super_options
 
 
 def device_of(mount_point: Path) -> Path | None:

@@ -34,7 +34,7 @@ from agent.contract.errors import (
     VolumeExists,
 )
 from agent.contract.identity import BLOCK_BYTES, GenerationId, GenerationKind, empty_generation, plain_name
-from agent.contract.messages import GenerationFacts, Role
+from agent.contract.messages import GenerationFacts, Role, Unreadable
 from agent.system import blockdev
 from agent.system.failpoint import failpoint
 from agent.volume import lvm, mapper, thin_map
@@ -67,6 +67,7 @@ class _Held:
     workspaces: dict[Workspace, LogicalVolume]
     operational: dict[UUID, LogicalVolume]
     meaningless: tuple[LogicalVolume, ...]
+    unreadable: tuple[Unreadable, ...] = ()
 
 
 class LvmThinSubstrate:
@@ -124,6 +125,10 @@ class LvmThinSubstrate:
         """Return every volume held here, by name."""
         found = [record for record, _ in self._held().volumes.values()]
         return tuple(sorted(found, key=lambda record: (record.name, str(record.id))))
+
+    def unreadable(self) -> tuple[Unreadable, ...]:
+        """Return the logical volumes of the pool whose tags cannot be read, and why."""
+        return self._held().unreadable
 
     def create(self, record: VolumeRecord) -> None:
         """Make a volume with g0; a primary also gets an empty operational volume. VolumeExists, NoSpace.
@@ -369,27 +374,42 @@ class LvmThinSubstrate:
         return held
 
     def _read(self) -> _Held:
-        """Read what every logical volume of the pool is. The tag on g0 is the volume: what belongs to none has no meaning."""
+        """Read what every logical volume of the pool is. The tag on g0 is the volume: what belongs to none has no meaning.
+
+        As long as some tag cannot be read, what seems to belong to none may belong to that, and is left alone.
+        """
         ours = [found for found in lvm.volumes(self.group) if found.pool == self.pool_volume.uuid and found.thin_id is not None]
         displaced = frozenset[str]().union(*(tags.displaced(found.tags) for found in ours))
         held = _Held({}, {}, {}, {}, ())
+        unreadable: dict[str, Unreadable] = {}
         for found in ours:
-            if (record := tags.read_volume(found.tags)) is not None:
-                held.volumes[record.id] = (record, found)
+            try:
+                if (record := tags.read_volume(found.tags)) is not None:
+                    held.volumes[record.id] = (record, found)
+                for read in (tags.read_generation, tags.read_workspace):
+                    read(found.tags)
+                for what in ("operational", "unfinished"):
+                    tags.read_uuid(found.tags, what)
+            except LandfallError as error:
+                unreadable[found.uuid] = Unreadable(None, f"{self.group.name}/{found.name}", str(error))
         meaningless: list[LogicalVolume] = []
         for found in ours:
+            if found.uuid in unreadable:
+                continue
             facts, workspace = tags.read_generation(found.tags), tags.read_workspace(found.tags)
             operational, unfinished = (tags.read_uuid(found.tags, what) for what in ("operational", "unfinished"))
             of = facts.id.volume if facts else workspace.volume if workspace else operational
-            if unfinished or found.uuid in displaced or (of is not None and of not in held.volumes):
+            if unfinished or found.uuid in displaced:
                 meaningless.append(found)
+            elif of is not None and of not in held.volumes:
+                meaningless += [] if unreadable else [found]
             elif facts:
                 held.generations[facts.id] = (facts, found)
             elif workspace:
                 held.workspaces[workspace] = found
             elif operational:
                 held.operational[operational] = found
-        return replace(held, meaningless=tuple(meaningless))
+        return replace(held, meaningless=tuple(meaningless), unreadable=tuple(unreadable.values()))
 
     @staticmethod
     def _volume(held: _Held, volume: UUID) -> tuple[VolumeRecord, LogicalVolume]:
@@ -406,7 +426,7 @@ class LvmThinSubstrate:
     def _generations(self, held: _Held, volume: UUID) -> tuple[GenerationFacts, ...]:
         self._volume(held, volume)
         found = [facts for facts, _ in held.generations.values() if facts.id.volume == volume]
-        return tuple(sorted(found, key=lambda facts: (facts.id.counter, facts.id.epoch, facts.id.nonce)))
+        return tuple(sorted(found, key=lambda facts: (facts.id.epoch, facts.id.counter, facts.id.nonce)))
 
     def _workspace(self, held: _Held, workspace: Workspace) -> LogicalVolume:
         self._volume(held, workspace.volume)

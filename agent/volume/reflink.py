@@ -17,14 +17,16 @@ import errno
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 from uuid import UUID
 
 from agent.contract.errors import (
     BaseMismatch,
+    LandfallError,
     LayoutUnsupported,
     NoSuchGeneration,
     NoSuchTransfer,
@@ -34,7 +36,7 @@ from agent.contract.errors import (
     VolumeExists,
 )
 from agent.contract.identity import BLOCK_BYTES, GenerationId, GenerationKind, empty_generation, plain_name
-from agent.contract.messages import GenerationFacts, Role
+from agent.contract.messages import GenerationFacts, Role, Unreadable
 from agent.system import block, files
 from agent.system.failpoint import failpoint
 from agent.volume import extents
@@ -45,6 +47,8 @@ from agent.volume.pool import Pool, said_plainly
 from agent.volume.records import image_mtime_ns, read_record, write_record
 from agent.volume.snapshot import catch_up, clone_ahead
 from agent.volume.substrate import ChangedRuns, VolumeRecord, Workspace, WorkspaceKind
+
+T = TypeVar("T", VolumeRecord, GenerationFacts)
 
 
 class ReflinkSubstrate:
@@ -79,9 +83,23 @@ class ReflinkSubstrate:
     # --- volumes ---
 
     def volumes(self) -> tuple[VolumeRecord, ...]:
-        """Return every volume held here, by name."""
-        found = [read_record(record, VolumeRecord) for record in self.pool.volumes.glob("[!.]*/volume.json")]
+        """Return every volume held here whose record can be read, by name."""
+        found = _readable(self.pool.volumes.glob("[!.]*/volume.json"), VolumeRecord)
         return tuple(sorted(found, key=lambda record: (record.name, str(record.id))))
+
+    def unreadable(self) -> tuple[Unreadable, ...]:
+        """Return the records of volumes and generations that cannot be read, and why."""
+        found: list[Unreadable] = []
+        for folder in sorted(self.pool.volumes.glob("[!.]*")):
+            records: list[tuple[Path, Callable[[Path], object]]] = [(folder / "volume.json", lambda path: read_record(path, VolumeRecord))]
+            for image in sorted(self._whole(folder / "generations")):
+                records.append((image.with_suffix(".json"), lambda path: read_record(path, GenerationFacts)))
+            for path, read in records:
+                try:
+                    read(path)
+                except (LandfallError, OSError) as error:
+                    found.append(Unreadable(_uuid(folder.name), str(path), str(error)))
+        return tuple(found)
 
     def volume(self, volume: UUID) -> VolumeRecord:
         """Return the record of a volume; NoSuchVolume."""
@@ -149,11 +167,11 @@ class ReflinkSubstrate:
     # --- generations ---
 
     def generations(self, volume: UUID) -> tuple[GenerationFacts, ...]:
-        """Return the generations that have both image and record, oldest first, g0 included."""
+        """Return the generations that have both image and record, if it can be read, oldest first, g0 included."""
         self._record(volume)
         folder = self._folder(volume) / "generations"
-        found = [read_record(image.with_suffix(".json"), GenerationFacts) for image in self._whole(folder)]
-        return tuple(sorted(found, key=lambda facts: (facts.id.counter, facts.id.epoch, facts.id.nonce)))
+        found = _readable((image.with_suffix(".json") for image in self._whole(folder)), GenerationFacts)
+        return tuple(sorted(found, key=lambda facts: (facts.id.epoch, facts.id.counter, facts.id.nonce)))
 
     def take(self, volume: UUID, mount_point: Path | None, facts: GenerationFacts) -> float:
         """Make the operational volume's state under a freeze a generation; return the freeze in milliseconds.
@@ -426,6 +444,21 @@ class ReflinkSubstrate:
         for mount in mounts():
             if mount.source.startswith("/dev/loop") and Path(mount.source).exists() and backs(Path(mount.source), operational):
                 thaw_if_frozen(mount.mount_point)
+
+
+def _readable(paths: Iterable[Path], kind: type[T]) -> list[T]:
+    found = []
+    for path in paths:
+        with suppress(LandfallError, OSError):  # told by `unreadable`; one that cannot be read must not hide the others
+            found.append(read_record(path, kind))
+    return found
+
+
+def _uuid(text: str) -> UUID | None:
+    try:
+        return UUID(text)
+    except ValueError:
+        return None
 
 
 @contextmanager

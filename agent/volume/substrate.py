@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agent.contract.identity import FilesystemKind, GenerationId
-from agent.contract.messages import GenerationFacts, Role
+from agent.contract.messages import GenerationFacts, Role, Unreadable
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,10 @@ class Substrate(Protocol):
         """Return how much can still be written into the differential volume."""
 
     def volumes(self) -> tuple[VolumeRecord, ...]:
-        """Return every volume held here."""
+        """Return every volume held here whose record can be read."""
+
+    def unreadable(self) -> tuple[Unreadable, ...]:
+        """Return the records of volumes and generations that cannot be read: they count for nothing and are swept by nobody."""
 
     def create(self, record: VolumeRecord) -> None:
         """Make a volume with g0 as its only generation; a primary also gets an empty operational image. VolumeExists, NoSpace."""
@@ -93,7 +96,7 @@ class Substrate(Protocol):
         """Record the role and epoch durably."""
 
     def generations(self, volume: UUID) -> tuple[GenerationFacts, ...]:
-        """Return the generations, oldest first, g0 included."""
+        """Return the generations whose records can be read, g0 included, oldest first: by epoch, then by counter."""
 
     def take(self, volume: UUID, mount_point: Path | None, facts: GenerationFacts) -> float:
         """Make the operational volume's state under a freeze of ``mount_point`` a generation; return the freeze in milliseconds.

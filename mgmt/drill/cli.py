@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
@@ -12,10 +14,15 @@ from rich.console import Console
 from agent.contract.errors import DrillFailed
 from agent.contract.identity import FilesystemKind
 from agent.contract.messages import Differential
-from mgmt.drill.options import Kill, Options
+from mgmt.drill.options import MIB, Kill, LabKind, Options
 from mgmt.sizes import Size
 
+if TYPE_CHECKING:
+    from mgmt.drill.course import Course
+    from mgmt.drill.stage import Stage
+
 PIPE_WIDTH = 120
+VM_SUBSTRATES = ("lvm-thin", "lvm-snapshot", "reflink")
 
 
 class _Share(click.ParamType[float]):
@@ -35,44 +42,76 @@ class _Share(click.ParamType[float]):
 
 
 @click.command()
+@click.option("--lab", type=click.Choice([kind.value for kind in LabKind]), default="local", show_default=True, help="Where it is held.")
+@click.option("--substrate", type=click.Choice(VM_SUBSTRATES), help="Refuse a VM lab that was provisioned with another.")
 @click.option("--fs", "filesystem", type=click.Choice([kind.value for kind in FilesystemKind]), default="ext4", show_default=True)
 @click.option("--at", type=_Share(), default=0.5, show_default=True, help="Kill after this share of the transfer's bytes.")
-@click.option("--kill", type=click.Choice([kind.value for kind in Kill]), default="agent", show_default=True, help="What dies.")
+@click.option("--kill", type=click.Choice([kind.value for kind in Kill]), help="What dies. [default: agent; in the VM lab, node]")
 @click.option("--differential", type=click.Choice([mode.value for mode in Differential]), default="send", show_default=True)
 @click.option("--seed", type=click.IntRange(min=0), default=1, show_default=True)
-@click.option("--files", type=click.IntRange(min=100), default=20_000, show_default=True)
-@click.option("--size", type=Size(), default="2G", show_default=True, help="Size of the volume.")
-@click.option("--changes", type=click.IntRange(min=10), default=2_000, show_default=True, help="Files to change.")
-@click.option("--rate", type=Size(), default="0", help="Limit of the interrupted transfer in bytes per second, such as 20M; 0: none.")
-@click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("build/drill"), show_default=True)
-@click.option("--keep-lab", is_flag=True, help="Leave the lab up, to look around.")
+@click.option("--files", type=click.IntRange(min=100), help="Files to begin with. [default: 20000; in the VM lab, 1500]")
+@click.option("--size", type=Size(), help="Size of the volume. [default: 2G; in the VM lab, 256M, or 320M for XFS]")
+@click.option("--changes", type=click.IntRange(min=10), help="Files to change. [default: 2000; in the VM lab, 300]")
+@click.option("--rate", type=Size(), help="Limit of the interrupted transfer in bytes per second; 0: none. [default: 0; in the VM lab, 1M]")
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="[default: build/drill; build/vm/runs/TIME]")
+@click.option("--keep-lab", is_flag=True, help="Leave the local lab up, to look around. The VM lab always stays.")
 @click.option("--json", "as_json", is_flag=True, help="Print report.json on standard output.")
 def drill(
+    lab: str,
+    substrate: str | None,
     filesystem: str,
     at: float,
-    kill: str,
+    kill: str | None,
     differential: str,
     seed: int,
-    files: int,
-    size: int,
-    changes: int,
-    rate: int,
-    out: Path,
+    files: int | None,
+    size: int | None,
+    changes: int | None,
+    rate: int | None,
+    out: Path | None,
     keep_lab: bool,
     as_json: bool,
 ) -> None:
     """Replicate a volume of real files, kill the source in the middle, recover, and have the result checked."""
     from mgmt.drill.report import document, sentence
-    from mgmt.drill.scenario import Drill
     from mgmt.drill.stage import Stage
     from mgmt.view import table
 
-    options = Options(
-        FilesystemKind(filesystem), at, Kill(kill), Differential(differential), seed, files, size, changes, rate, out, keep_lab
+    on_machines, xfs = LabKind(lab) is LabKind.VM, FilesystemKind(filesystem) is FilesystemKind.XFS
+    if substrate and not on_machines:
+        raise click.UsageError("the local lab's substrate is reflink; --substrate belongs to --lab vm")
+    if on_machines and kill not in {None, "node"}:
+        raise click.UsageError("in the VM lab it is the node that dies")
+    usual = (20_000, 2048 * MIB, 2_000, 0) if not on_machines else (1_500, (320 if xfs else 256) * MIB, 300, MIB)
+    given = (files, size, changes, rate)
+    file_count, size_bytes, change_count, rate_bytes_s = (
+        default if value is None else value for value, default in zip(given, usual, strict=True)
     )
-    course = Drill(options, Stage(Console(stderr=True))).run()
+    options = Options(
+        FilesystemKind(filesystem),
+        at,
+        Kill(kill or ("node" if on_machines else "agent")),
+        Differential(differential),
+        seed,
+        file_count,
+        size_bytes,
+        change_count,
+        rate_bytes_s,
+        out or Path("build/drill"),
+        keep_lab,
+        LabKind(lab),
+        substrate or ("" if on_machines else "reflink"),
+    )
+    stage = Stage(Console(stderr=True))
+    if on_machines:
+        options, course = _on_machines(options, out, stage)
+    else:
+        from mgmt.drill.scenario import Drill
+
+        course = Drill(options, stage).run()
+    folder = options.folder
     report = document(options, course)
-    (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     if as_json:
         click.echo(json.dumps(report))
     else:
@@ -80,6 +119,18 @@ def drill(
             page = Console(file=sys.stdout, width=None if sys.stdout.isatty() else PIPE_WIDTH)
             page.print(table(course.statement, rows=12))
         click.echo(sentence(options, course))
-        click.echo(f"report: {out / 'report.json'}" + (f", {out / 'report.html'}" if course.statement is not None else ""))
+        click.echo(f"report: {folder / 'report.json'}" + (f", {folder / 'report.html'}" if course.statement is not None else ""))
     if course.findings is not None and not course.findings.clean:
         raise DrillFailed("the checker found faults", cause="; ".join(course.findings.first[:5]))
+
+
+def _on_machines(options: Options, out: Path | None, stage: Stage) -> tuple[Options, Course]:
+    """Hold the drill in the VM lab that is up. Returns the options with the folder of this run, which is its own unless it was named."""
+    from mgmt.drill.vm import host
+    from mgmt.drill.vm.scenario import Drill
+
+    host.go_inside()
+    options = replace(options, folder=out or host.new_run())
+    drilled = Drill(options, stage, host.machines(), host.player(options.folder))
+    course = drilled.run()
+    return drilled.options, course

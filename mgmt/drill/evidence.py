@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from agent.contract.errors import CommandFailed
-from agent.contract.identity import FilesystemKind, GenerationId
+from agent.contract.identity import FilesystemKind
 from agent.contract.messages import Outcome
 from agent.system.run import run
-from mgmt.lab.layout import NODE_ROOT, Lab, NodeName
-from mgmt.lab.processes import first_process
 from mgmt.report import LossStatement
 
 CHECK_LIMIT_S = 900.0
@@ -47,8 +41,7 @@ class Evidence:
     base: Path
     target: Path
     filesystem: FilesystemKind
-    result: Path
-    loss: Path
+    result: Path  # a mounted tree, or an image
     dmi: Path
     arrival: Path
     smb: str  # //host/share
@@ -73,10 +66,12 @@ def checker_statement(statement: LossStatement) -> dict[str, Any]:
     }
 
 
-def check(evidence: Evidence, out: Path) -> Findings:
-    """Return what the checker finds; it runs as a program of its own."""
-    words = ["--smb", evidence.smb, "--smb-client", evidence.smb_client]
-    for name in ("base", "target", "filesystem", "result", "loss", "dmi", "arrival"):
+def check(evidence: Evidence, statement: LossStatement, folder: Path) -> Findings:
+    """Return what the checker finds; it runs as a program of its own. What it was told and what it said stay in ``folder``."""
+    loss, out = folder / "loss-for-checker.json", folder / "check.json"
+    loss.write_text(json.dumps(checker_statement(statement)))
+    words = ["--loss", str(loss), "--smb", evidence.smb, "--smb-client", evidence.smb_client]
+    for name in ("base", "target", "filesystem", "result", "dmi", "arrival"):
         words += [f"--{name}", str(getattr(evidence, name))]
     run([sys.executable, "-m", "mgmt.drill.checker", *words, "--out", str(out)], timeout_s=CHECK_LIMIT_S, ok=(0, 1))
     document = json.loads(out.read_text())
@@ -90,31 +85,7 @@ def generations_equal(one: Path, other: Path) -> bool:
     return run(argv, timeout_s=CHECK_LIMIT_S, ok=(0, 1)).status == 0
 
 
-@contextmanager
-def pool_of(lab: Lab, node: NodeName) -> Iterator[Path]:
-    """Yield a node's pool as this machine's root sees it: the living node's own mount, or the dead one's disk, read-only."""
-    pid = first_process(lab, node)
-    if pid is not None:
-        yield within_node(lab, node, NODE_ROOT / "pool")
-        return
-    mount_point = lab.directory / f"{node}-disk"
-    mount_point.mkdir(mode=0o700, exist_ok=True)
-    run(["mount", "-o", "loop,ro", str(lab.pool_image(node)), str(mount_point)])
-    try:
-        yield mount_point
-    finally:
-        run(["umount", str(mount_point)])
-        mount_point.rmdir()
-
-
-def image_in(pool: Path, generation: GenerationId) -> Path:
-    """Return the image file of a generation."""
-    return pool / "volumes" / str(generation.volume) / "generations" / f"{generation.name}.img"
-
-
-def within_node(lab: Lab, node: NodeName, path: Path) -> Path:
-    """Return a living node's ``path`` as this machine's root reaches it."""
-    pid = first_process(lab, node)
-    if pid is None:
-        raise CommandFailed(f"{node} does not run")
-    return Path(f"/proc/{pid}/root") / os.path.relpath(path, "/")
+def digests(image: Path, filesystem: FilesystemKind, out: Path) -> None:
+    """Have the checker write every file of a frozen image, with its attributes and digest, to ``out``."""
+    argv = [sys.executable, "-m", "mgmt.drill.checker", "--digests", str(image), "--filesystem", str(filesystem), "--out", str(out)]
+    run(argv, timeout_s=CHECK_LIMIT_S)

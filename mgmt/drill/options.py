@@ -12,6 +12,13 @@ from agent.contract.messages import Differential
 MIB = 1 << 20
 
 
+class LabKind(StrEnum):
+    """Where the drill is held."""
+
+    LOCAL = "local"  # three network namespaces on this machine
+    VM = "vm"  # three virtual machines on this machine
+
+
 class Kill(StrEnum):
     """What dies in the middle of the transfer."""
 
@@ -37,8 +44,10 @@ class Options:
     rate_bytes_s: int = 0  # of the interrupted transfer; 0: as fast as it goes
     folder: Path = Path("build/drill")
     keep_lab: bool = False
+    lab: LabKind = LabKind.LOCAL
+    substrate: str = "reflink"
 
     @property
     def content_bytes(self) -> int:
-        """How much the volume is filled with: so much that everything may be written anew beside it."""
-        return self.size_bytes * 45 // 100
+        """How much the volume is filled with: everything may be written anew beside it. Where machines are emulated every byte is slow."""
+        return self.size_bytes * (20 if self.lab is LabKind.VM else 45) // 100

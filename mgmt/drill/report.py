@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
+from agent.system.files import write_durably
+from mgmt.drill.course import Course
 from mgmt.drill.options import Options
-from mgmt.drill.scenario import Course
+from mgmt.report import LossStatement
+from mgmt.view import to_html, to_json
+
+
+def keep(folder: Path, statement: LossStatement) -> None:
+    """Write the loss statement below ``folder``, for programs and for people."""
+    write_durably(folder / "loss.json", to_json(statement).encode(), mode=0o644)
+    write_durably(folder / "report.html", to_html(statement).encode(), mode=0o644)
 
 
 def document(options: Options, course: Course) -> dict[str, Any]:
     """Return report.json: what was asked, what died when, what became of the files, what the checker found."""
     statement, findings, facts = course.statement, course.findings, course.facts
     report: dict[str, Any] = {
+        "lab": str(options.lab),
+        "substrate": options.substrate,
         "fs": str(options.filesystem),
         "seed": options.seed,
         "kill": str(options.kill),

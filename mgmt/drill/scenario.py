@@ -7,59 +7,44 @@ at the chosen byte something dies; what the kind of death asks for (salvage, or 
 
 from __future__ import annotations
 
-import json
 import os
 import queue
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Final
 from uuid import UUID
 
-import numpy as np
-import zstandard
 from pyroute2.netns import setns
 
 from agent.contract import messages as m
-from agent.contract.dmi import HOLE, Dmi
+from agent.contract.dmi import Dmi
 from agent.contract.errors import DrillFailed, LandfallError
-from agent.contract.identity import BLOCK_BYTES
 from agent.system.block import go_down
 from agent.system.clock import monotonic_s
-from agent.system.files import write_durably
 from mgmt import run as operations
 from mgmt.drill import evidence, workload
-from mgmt.drill.evidence import Evidence, Findings, image_in, pool_of, within_node
+from mgmt.drill.course import Course
+from mgmt.drill.disks import image_in, pool_of, within_node
+from mgmt.drill.evidence import Evidence, Findings
 from mgmt.drill.options import MIB, Kill, Options
+from mgmt.drill.report import keep
 from mgmt.drill.stage import Stage, teller
+from mgmt.drill.wire import expected_bytes
 from mgmt.inventory import Inventory, read_inventory
 from mgmt.lab import control, lifecycle
 from mgmt.lab.layout import NAMESPACES, NODE_ROOT, Lab, NodeName
 from mgmt.lab.namespace import enter
 from mgmt.lab.proxy import Action, Direction, Endpoint, Event, Proxy, Trigger
 from mgmt.report import LossStatement
-from mgmt.view import to_html, to_json
 
 VOLUME: Final = "drill"
 SILENCE_LIMIT_S: Final = 3.0
 DEATH_LIMIT_S: Final = 300.0
 DETECT_LIMIT_S: Final = 60.0
-SAMPLES: Final = 48
-
-
-@dataclass(slots=True)
-class Course:
-    """What happened, filled in as it happens."""
-
-    killed_at: float = 0.0  # share of the expected bytes that had passed
-    bytes_sent: int = 0  # upstream bytes on the wire, all sessions of the last transfer
-    detect_s: float = 0.0
-    resumed: list[dict[str, int]] = field(default_factory=list)
-    statement: LossStatement | None = None
-    findings: Findings | None = None
-    facts: m.TransferFacts | None = None
 
 
 class Drill:
@@ -185,13 +170,11 @@ class Drill:
         with self.stage.step("nas2: serves the result over SMB"):
             operations.serve(site, VOLUME, node=NodeName.NAS2, declare_dead=declare_dead)
         self.course.statement = statement
-        write_durably(self.folder / "loss.json", to_json(statement).encode(), mode=0o644)
-        write_durably(self.folder / "report.html", to_html(statement).encode(), mode=0o644)
+        keep(self.folder, statement)
         with self.stage.step("check: every file against nas1's frozen generations"):
             self.course.findings = self._check(site, statement)
 
     def _check(self, site: operations.Site, statement: LossStatement) -> Findings:
-        (self.folder / "loss-for-checker.json").write_text(json.dumps(evidence.checker_statement(statement)))
         files = site.evidence_folder(statement.transfer)
         namespace = NAMESPACES / self.lab.namespace(NodeName.MGMT)
         with pool_of(self.lab, NodeName.NAS1) as source:
@@ -201,13 +184,13 @@ class Drill:
                     target=image_in(source, statement.target),
                     filesystem=self.options.filesystem,
                     result=self._served(NodeName.NAS2),
-                    loss=self.folder / "loss-for-checker.json",
                     dmi=files / "dmi",
                     arrival=files / "arrival",
                     smb=f"//{NodeName.NAS2.address}/{VOLUME}",
                     smb_client=f"nsenter --net={namespace} smbclient -N",
                 ),
-                self.folder / "check.json",
+                statement,
+                self.folder,
             )
 
     # --- what dies ---
@@ -304,7 +287,7 @@ class _Interruption:
         self.transfer = transfer
         raw = self._site.node(NodeName.NAS1).fetch(m.FetchDmi(transfer))
         with pool_of(self._drill.lab, NodeName.NAS1) as pool:
-            self._expected = len(raw) + expected_bytes(Dmi.decode(raw), pool, self._drill.options.differential)
+            self._expected = len(raw) + expected_bytes(Dmi.decode(raw), partial(image_in, pool), self._drill.options.differential)
 
     def _route(self, address: str, port: int) -> tuple[str, int]:
         """Put the proxy on NAS 2's own address, so that cutting the link cuts what leads to it."""
@@ -318,29 +301,6 @@ class _Interruption:
         )
         self._proxy = self._stack.enter_context(proxy)
         return proxy.endpoint.host, proxy.endpoint.port
-
-
-def expected_bytes(dmi: Dmi, pool: Path, differential: m.Differential) -> int:
-    """Return about how many bytes the pieces take on the wire: their bytes, times what a sample of them compresses to."""
-    sides = [(dmi.head.target, dmi.target_hole == 0)]
-    if differential is m.Differential.SEND:
-        sides.append((dmi.head.base, dmi.diff_block != HOLE))
-    compressor = zstandard.ZstdCompressor(level=1)
-    total = 0
-    for generation, there in sides:
-        rows = np.flatnonzero(there)
-        raw = int(dmi.block_count[rows].sum(dtype=np.uint64)) * BLOCK_BYTES
-        chosen = rows[np.linspace(0, len(rows) - 1, min(SAMPLES * 8, len(rows)), dtype=np.int64)] if len(rows) else rows
-        sample = b"".join(_pieces(image_in(pool, generation), dmi, chosen.tolist()))
-        total += int(raw * len(compressor.compress(sample)) / max(len(sample), 1))
-    return total
-
-
-def _pieces(image: Path, dmi: Dmi, rows: list[int]) -> Iterator[bytes]:
-    with image.open("rb") as file:
-        for row in rows:
-            file.seek(int(dmi.op_block[row]) * BLOCK_BYTES)
-            yield file.read(int(dmi.block_count[row]) * BLOCK_BYTES)
 
 
 def _impatient(inventory: Inventory) -> Inventory:

@@ -279,7 +279,7 @@ def _ordered(site: Site, entry: VolumeEntry, differential: m.Differential, tell:
 
 def newest_common(primary: m.VolumeFacts, secondary: m.VolumeFacts) -> GenerationId:
     """Return the newest generation that both nodes hold, by its whole identity; g0 if there is no other."""
-    usable = {facts.id for facts in secondary.generations if facts.kind is not GenerationKind.SALVAGED}
+    usable = {facts.id for facts in secondary.generations if facts.kind not in {GenerationKind.SALVAGED, GenerationKind.KEPT}}
     both = [facts.id for facts in primary.generations if facts.id in usable and facts.kind is not GenerationKind.EMPTY]
     return max(both, key=lambda generation: (generation.epoch, generation.counter), default=empty_generation(primary.id))
 

@@ -1,6 +1,7 @@
 """Retention: which generations each node keeps. Only the management node lets one go; a source cannot, nor can a transfer.
 
-What a salvage made is never let go here, nor the empty generation, nor what somebody holds, nor what an open transfer needs.
+What a salvage made is never let go here, nor what was kept of an overtaken primary, nor the empty generation, nor what somebody holds, nor
+what an open transfer needs.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from mgmt.run.volumes import facts_of
 LEAST = 2
 """A base and a target."""
 
-KEPT_KINDS = frozenset({GenerationKind.EMPTY, GenerationKind.SALVAGED})
+KEPT_KINDS = frozenset({GenerationKind.EMPTY, GenerationKind.SALVAGED, GenerationKind.KEPT})
 
 
 def retain(site: Site, entry: VolumeEntry) -> list[GenerationId]:

@@ -22,6 +22,7 @@ class NodeView:
     facts: m.VolumeFacts | None
     transfers: tuple[m.TransferFacts, ...]
     problem: str = ""
+    unreadable: tuple[m.Unreadable, ...] = ()  # of this volume, or of nobody knows which
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,10 +95,13 @@ def gauge_of(facts: m.TransferFacts) -> Gauge:
 
 def _view(site: Site, entry: VolumeEntry, name: str) -> NodeView:
     try:
-        facts = next((found for found in site.node(name).ask(m.ListVolumes(), limit_s=30).volumes if found.id == entry.id), None)
+        held = site.node(name).ask(m.ListVolumes(), limit_s=30)
         listed = site.node(name).ask(m.ListTransfers(), limit_s=30).transfers
     except NodeUnreachable as error:
         return NodeView(name, None, (), error.message)
     except LandfallError as error:
         return NodeView(name, None, (), str(error))
-    return NodeView(name, facts, tuple(found for found in listed if found.volume == entry.id))
+    facts = next((found for found in held.volumes if found.id == entry.id), None)
+    unreadable = tuple(found for found in held.unreadable if found.volume in {entry.id, None})
+    problem = "its record of it cannot be read" if facts is None and unreadable else ""
+    return NodeView(name, facts, tuple(found for found in listed if found.volume == entry.id), problem, unreadable)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final, Protocol
+from uuid import UUID
 
 from agent.contract.errors import LandfallError
 from agent.system.clock import monotonic_s, wall_ns
@@ -34,6 +36,25 @@ class _Memory:
     working: str = ""  # what a job beside the cycles is doing
 
 
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """A volume as the last cycle saw it."""
+
+    facts: Facts
+    act: Act
+    last_success_ns: int | None
+
+
+@dataclass(slots=True)
+class Tally:
+    """What happened to a volume since the service began; the figures only grow."""
+
+    replications: int = 0
+    bytes_sent: int = 0
+    sessions_repeated: int = 0
+    failures: Counter[str] = field(default_factory=Counter)  # by code of the error
+
+
 @dataclass(slots=True)
 class Watch:
     """The volumes of one management node under watch. ``open_site`` gives each job its own connections."""
@@ -42,26 +63,32 @@ class Watch:
     start: Starter
     now_ns: Callable[[], int] = wall_ns
     now_s: Callable[[], float] = monotonic_s
-    _memory: dict[str, _Memory] = field(default_factory=dict)
+    observed: dict[str, Observed] = field(default_factory=dict)
+    tallies: dict[str, Tally] = field(default_factory=dict)
+    _memory: dict[UUID, _Memory] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def cycle(self, site: Site) -> list[str]:
         """Return what was done for each volume and why, one sentence each; all are in the history."""
-        return [self._volume(site, entry) for entry in run.list_volumes(site)]
+        entries = run.list_volumes(site)
+        said = [self._volume(site, entry) for entry in entries]
+        for gone in self.observed.keys() - {entry.name for entry in entries}:
+            del self.observed[gone]
+        return said
 
     def _volume(self, site: Site, entry: VolumeEntry) -> str:
-        memory = self._memory.setdefault(str(entry.id), _Memory())
+        memory = self._memory.setdefault(entry.id, _Memory())
         with self._lock:
             working = memory.working
-        if working:
-            return self._say(site, entry, f"{working}.")
         try:
-            decision = decide(self._facts(site, entry, memory))
+            facts = self._facts(site, entry, memory)
+            decision = Decision(Act.REPLICATE, working) if working else decide(facts)
+            self.observed[entry.name] = Observed(facts, decision.act, site.catalog.last_committed_ns(entry.id))
         except LandfallError as error:
             decision = Decision(Act.HOLD, f"holds still: {error}")
-        if decision.act is Act.REPLICATE:
+        if decision.act is Act.REPLICATE and not working:
             self._begin(entry, memory, decision.sentence)
-        return self._say(site, entry, f"{decision.sentence.rstrip('.')}.")
+        return self._say(site, entry, decision.sentence)
 
     def _facts(self, site: Site, entry: VolumeEntry, memory: _Memory) -> Facts:
         standing = run.standing(site, entry.name)
@@ -91,14 +118,16 @@ class Watch:
         return next_due_ns(entry.schedule, last_ns // 10**9) if last_ns is not None else 0
 
     def _begin(self, entry: VolumeEntry, memory: _Memory, why: str) -> None:
+        tally = self.tallies.setdefault(entry.name, Tally())
+
         def job() -> None:
             failure = None
             try:
-                with self.open_site() as site:
-                    done = run.replicate(site, entry.name)
-                    self._say(site, entry, f"replicated {done.target.name} in {done.seconds:.1f} s, {done.sent.bytes_sent:,} bytes sent.")
-            except LandfallError as error:
-                failure = Failure(error, self.now_ns(), 1 + (memory.failure.times if memory.failure else 0))
+                self._replicate(entry, tally)
+            except Exception as error:  # whatever it is, the next cycle must know of it and try again
+                known = error if isinstance(error, LandfallError) else LandfallError(f"{type(error).__name__}: {error}")
+                failure = Failure(known, self.now_ns(), 1 + (memory.failure.times if memory.failure else 0))
+                tally.failures[known.code] += 1
             finally:
                 with self._lock:
                     memory.failure, memory.working = failure, ""
@@ -107,6 +136,15 @@ class Watch:
             memory.working = why
         self.start(job, f"replicate {entry.name}")
 
+    def _replicate(self, entry: VolumeEntry, tally: Tally) -> None:
+        with self.open_site() as site:
+            done = run.replicate(site, entry.name)
+            tally.replications += 1
+            tally.bytes_sent += done.sent.bytes_sent
+            tally.sessions_repeated += done.sessions - 1
+            self._say(site, entry, f"replicated {done.target.name} in {done.seconds:.1f} s, {done.sent.bytes_sent:,} bytes sent")
+
     def _say(self, site: Site, entry: VolumeEntry, sentence: str) -> str:
+        sentence = f"{sentence.rstrip('.')}."
         site.catalog.note(entry.id, CYCLE, sentence, self.now_ns())
         return f"{entry.name} {sentence}"

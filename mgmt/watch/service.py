@@ -10,6 +10,7 @@ from types import FrameType
 
 from agent.contract.errors import DeviceBusy
 from agent.system.files import lock_for_life
+from mgmt import metrics
 from mgmt.inventory import Inventory
 from mgmt.run import Site
 from mgmt.watch.cycle import Watch
@@ -37,6 +38,8 @@ def watch(inventory: Inventory, say: Callable[[str], None], *, once: bool = Fals
         return
     with Site(inventory) as site:
         watching = Watch(lambda: Site(inventory), lambda job, name: _start(jobs, job, name))
+        if inventory.metrics_port:
+            metrics.serve(watching, inventory.metrics_address, inventory.metrics_port)
         said: set[str] = set()
         while True:
             sentences = watching.cycle(site)

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 from agent.contract import messages as m
 from agent.contract.arrival import decode as decode_arrival
@@ -226,7 +226,7 @@ def take_dies(case: Case, point: str, differential: m.Differential) -> None:
     nas1, volume = case.fresh().nas1, case.base.volume
     try:
         nas1.start_armed(point)
-        root = Path(nas1.ask(m.ServeVolume(volume)).mount_point)
+        root = Path(nas1.ask(m.ServeVolume(volume, 1)).mount_point)
         before = {facts.id for facts in served(nas1, volume).generations}
         (root / "before").write_bytes(b"x" * 100_000)
         expect_death(nas1, lambda: nas1.ask(m.TakeGeneration(volume)), point)
@@ -290,9 +290,9 @@ def serve_dies(case: Case, point: str, differential: m.Differential) -> None:
     nas2, volume = case.fresh().nas2, case.base.volume
     try:
         nas2.start_armed(point)
-        expect_death(nas2, lambda: nas2.ask(m.ServeVolume(volume)), point)
+        expect_death(nas2, lambda: promote_and_serve(nas2, volume), point)
         nas2.start()
-        facts = nas2.ask(m.ServeVolume(volume))
+        facts = promote_and_serve(nas2, volume)
         assert facts.serving
         assert facts.role is m.Role.PRIMARY
         assert facts.epoch == 2, "the epoch rises once for each promotion"
@@ -305,6 +305,38 @@ def serve_dies(case: Case, point: str, differential: m.Differential) -> None:
     finally:
         nas2.kill()
         release(nas2)
+
+
+def promote_and_serve(node: NodeProcess, volume: UUID, epoch: int = 2) -> m.VolumeFacts:
+    """Make a node the primary at an epoch, unless it is, and let it serve."""
+    node.ask(m.PromoteVolume(volume, epoch))
+    facts: m.VolumeFacts = node.ask(m.ServeVolume(volume, epoch))
+    return facts
+
+
+def demote_dies(case: Case, point: str, differential: m.Differential) -> None:
+    """NAS 1 dies when it is demoted: asked again it is secondary, and what only it held is kept once."""
+    nas1, volume = case.fresh().nas1, case.base.volume
+    try:
+        nas1.start_armed(point)
+        root = Path(nas1.ask(m.ServeVolume(volume, 1)).mount_point)
+        (root / "unsent").write_bytes(b"x" * 100_000)
+        expect_death(nas1, lambda: nas1.ask(m.DemoteVolume(volume, 2)), point)
+        nas1.start()
+        kept = nas1.ask(m.DemoteVolume(volume, 2)).kept
+        assert nas1.ask(m.DemoteVolume(volume, 2)).kept == kept
+        facts = served(nas1, volume)
+        assert (facts.role, facts.epoch, facts.serving, facts.confirmed) == (m.Role.SECONDARY, 2, False, False)
+        assert [held for held in facts.generations if held.kind is GenerationKind.KEPT] == [kept]
+        assert {case.base, case.target} <= {held.id for held in facts.generations}
+        assert {found.state for found in nas1.ask(m.ListTransfers()).transfers} <= {m.TransferState.COMMITTED}
+        opened = Path(nas1.ask(m.OpenGeneration(kept.id)).path)
+        assert (opened / "unsent").read_bytes() == b"x" * 100_000
+        nas1.ask(m.CloseGeneration(kept.id))
+        _nothing_new(nas1)
+    finally:
+        nas1.kill()
+        release(nas1)
 
 
 def create_dies(case: Case, point: str, differential: m.Differential) -> None:

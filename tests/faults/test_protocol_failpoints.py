@@ -113,8 +113,22 @@ SERVE = (
     "substrate.operational.before",
     "substrate.operational.before_rename",
     "substrate.operational.after",
-    "serve.after_role",
+    "promote.before_role",
+    "promote.after_role",
+    "serve.before_mount",
     "serve.after_mount",
+    "serve.before_export",
+    "serve.after_export",
+)
+DEMOTE = (
+    "unserve.before_export",
+    "unserve.after_export",
+    "unserve.before_mount",
+    "unserve.after_mount",
+    "demote.before_keep",
+    "demote.after_keep",
+    "demote.before_role",
+    "demote.after_role",
 )
 CREATE = ("substrate.create.before", "substrate.create.before_rename", "substrate.create.after")
 REMOVE = ("substrate.remove.before", "substrate.remove.renamed", "substrate.remove.after")
@@ -133,6 +147,7 @@ FAILPOINTS: tuple[tuple[Phase, tuple[str, ...]], ...] = (
     (phases.undo_dies, UNDO),
     (phases.discard_dies, DISCARD),
     (phases.serve_dies, SERVE),
+    (phases.demote_dies, DEMOTE),
 )
 """Which agent, in which phase, dies at which failpoint (and at its which passing)."""
 
@@ -154,8 +169,6 @@ OTHERWISE = {
     "src.after_dmi_stored": "src.after_mgmtinfo",  # the source waits in between
     "src.after_finish": "src.before_commit",
     "dst.after_accept": "dst.after_listen",  # the target waits in between
-    "serve.after_role": "substrate.operational.after",
-    "serve.after_mount": "serve.after_role",
     "substrate.take.after_thaw": "substrate.take.frozen",
     "substrate.take.before_freeze": "substrate.take.frozen",
     "substrate.take.before_record": "substrate.take.before_rename",

@@ -56,7 +56,7 @@ VERIFY, SEND = m.Differential.VERIFY, m.Differential.SEND
 
 def another(case: Case, pair: Pair) -> GenerationId:
     """Return one more generation of NAS 1's volume, with a change in it."""
-    root = Path(pair.nas1.ask(m.ServeVolume(case.base.volume)).mount_point)
+    root = Path(pair.nas1.ask(m.ServeVolume(case.base.volume, 1)).mount_point)
     (root / "one more").write_bytes(b"more" * 5000)
     taken = pair.take(case.base.volume)
     pair.nas1.ask(m.StopServing(case.base.volume))
@@ -310,7 +310,7 @@ def test_F11_a_volume_has_one_transfer_at_a_time(ext4_case: Case) -> None:
         order = m.ReceiveTransfer(second, ext4_case.base, ext4_case.target, VERIFY, 1, *_passes(pair))
         with pytest.raises(TransferBusy, match=str(ext4_case.transfer)):
             pair.nas2.ask(order)
-        for verb in (m.DiscardTransfer(ext4_case.transfer), m.ServeVolume(ext4_case.base.volume), instruction_of_nothing(ext4_case)):
+        for verb in (m.DiscardTransfer(ext4_case.transfer), m.PromoteVolume(ext4_case.base.volume, 2), instruction_of_nothing(ext4_case)):
             with pytest.raises(LandfallError):
                 pair.nas2.ask(verb)
         pair.nas1.kill()

@@ -366,7 +366,7 @@ def test_a_node_that_was_promoted_meanwhile_takes_nothing_more_of_the_transfer(e
     """I7: what it serves is not the base any more, though no generation says so."""
     pair = interrupted(ext4_case, VERIFY, whole=False)
     with running(pair):
-        pair.nas2.ask(m.ServeVolume(ext4_case.base.volume))
+        pair.nas2.ask(m.PromoteVolume(ext4_case.base.volume, 2))
         with pytest.raises(BaseMismatch, match="has taken volume"):
             ext4_case.send(pair, VERIFY)
         pair.nas2.ask(m.StopServing(ext4_case.base.volume))

@@ -27,6 +27,7 @@ from agent.volume import freeze
 from mgmt.authority import Authority
 from tests.faults.case import served
 from tests.faults.conftest import two_pools
+from tests.faults.phases import promote_and_serve
 from tests.faults.rig import FORKS, MIB, NodeProcess, Pair
 
 SIZE = {FilesystemKind.EXT4: 64 * MIB, FilesystemKind.XFS: 320 * MIB}
@@ -124,8 +125,7 @@ def test_salvage_after_promotion_is_refused(pair: Pair) -> None:
     """What a node serves since it was made the primary is not cloned anew: a salvage would be reported and never be seen."""
     transfer, base, _ = interrupted(pair)
     order = instruction(pair, transfer)
-    pair.nas2.ask(m.ServeVolume(base.volume))
-    pair.nas2.ask(m.StopServing(base.volume))
+    pair.nas2.ask(m.PromoteVolume(base.volume, 2))
     with pytest.raises(BaseMismatch, match="made the primary"):
         pair.nas2.ask(order)
     assert served(pair.nas2, base.volume).generations[-1].id == base
@@ -137,7 +137,7 @@ def test_I8_what_a_salvage_was_made_of_can_be_given_up_when_it_cannot_be_undone_
     workspaces = pair.nas2.folder / "pool" / "volumes" / str(base.volume) / "workspaces"
     with pytest.raises(DeviceBusy):
         pair.nas2.ask(m.DiscardTransfer(transfer))
-    facts = pair.nas2.ask(m.ServeVolume(base.volume))
+    facts = promote_and_serve(pair.nas2, base.volume)
     assert list(workspaces.iterdir())
     pair.nas2.ask(m.DiscardTransfer(transfer))
     assert not list(workspaces.iterdir())

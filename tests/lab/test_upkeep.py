@@ -1,4 +1,4 @@
-"""Upkeep in a lab: copies compared and mended."""
+"""Upkeep in a lab: copies compared and mended, records that cannot be read."""
 
 from __future__ import annotations
 
@@ -176,3 +176,24 @@ def test_a_generation_that_is_not_on_both_is_refused(lab: Lab) -> None:
         managed(lab, lambda site: run.verify(site, "never"))
     with pytest.raises(RequestRefused):
         managed(lab, lambda site: run.verify(site, "never", trust="nas3"))
+
+
+def test_B12_one_record_that_cannot_be_read_is_told_and_hides_nothing(lab: Lab) -> None:
+    root, _ = made(lab, "readable"), made(lab, "other")
+    write(lab, root, "file", b"content")
+    older, newest = replicated(lab, "readable"), replicated(lab, "readable")
+    record = image(older).replace(".img", ".json")
+    start_program(lifecycle.inside(lab, NAS2, ["truncate", "-s", "20", record]))
+    (told,) = json.loads(command(lab, "status", "readable", "--json"))
+    assert [found["where"] for found in told["secondary"]["unreadable"]] == [record]
+    assert [facts["id"]["counter"] for facts in told["secondary"]["facts"]["generations"]] == [0, newest.counter]
+    assert record in command(lab, "status", "readable")
+    (other,) = json.loads(command(lab, "status", "other", "--json"))
+    assert other["secondary"]["unreadable"] == []
+    replicated(lab, "readable")
+    replicated(lab, "other")
+    start_program(lifecycle.inside(lab, NAS2, ["truncate", "-s", "20", str(Path(record).parents[1] / "volume.json")]))
+    (told,) = json.loads(command(lab, "status", "readable", "--json"))
+    assert told["secondary"]["facts"] is None
+    assert "cannot be read" in told["secondary"]["problem"]
+    replicated(lab, "other")

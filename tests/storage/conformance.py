@@ -43,7 +43,7 @@ from agent.contract.identity import (
     empty_generation,
     next_generation,
 )
-from agent.contract.messages import GenerationFacts, Role
+from agent.contract.messages import GenerationFacts, Role, newest
 from agent.volume.substrate import ChangedRuns, Substrate, VolumeRecord, Workspace, WorkspaceKind
 
 VOLUME_BYTES = 16 << 20
@@ -310,6 +310,26 @@ class SubstrateConformance:
         substrate.begin(workspace, empty_generation(one.id))
         with pytest.raises(BaseMismatch):
             substrate.commit(workspace, facts_after(substrate, other.id))
+
+    def test_what_is_kept_of_an_overtaken_primary_stands_beside_the_line(self, bench: Bench, substrate: Substrate) -> None:
+        """Generations go by epoch before counter: the line of a later epoch may begin at a lower counter than the earlier one reached."""
+        volume = record()
+        substrate.create(volume)
+        shared = taken(substrate, volume.id, {1: block_of("shared")})
+        with substrate.operational(volume.id) as device:
+            write(device, 1, block_of("kept"))
+        kept = GenerationFacts(next_generation(volume.id, 1, shared.id.counter + 7), GenerationKind.KEPT, 1)
+        substrate.take(volume.id, None, kept)
+        assert bench.open().generations(volume.id)[1:] == (shared, kept)
+        assert newest(substrate.generations(volume.id)) == shared
+        workspace = Workspace(volume.id, uuid4(), WorkspaceKind.LANDING)
+        substrate.begin(workspace, shared.id)
+        follows = GenerationFacts(next_generation(volume.id, 2, shared.id.counter), GenerationKind.COMMITTED, 1)
+        substrate.commit(workspace, follows)
+        assert bench.open().generations(volume.id)[1:] == (shared, kept, follows)
+        assert newest(substrate.generations(volume.id)) == follows
+        assert blocks_of(substrate.changed(shared.id, kept.id)) == {1}
+        assert content(substrate, kept.id)[BLOCK_BYTES:][:BLOCK_BYTES] == block_of("kept")
 
     # --- workspaces ---
 

@@ -68,6 +68,23 @@ def test_the_pool_errors_when_it_is_full_instead_of_waiting(substrate: LvmThinSu
     assert "error_if_no_space" in table
 
 
+def test_B12_tags_that_cannot_be_read_hide_nothing_and_nothing_of_theirs_is_swept(substrate: LvmThinSubstrate) -> None:
+    volume, other = record(), record()
+    for made in (volume, other):
+        substrate.create(made)
+        taken(substrate, made.id, {1: block_of(made.name)})
+    before = len(lvm.volumes(substrate.group))
+    g0 = substrate._held().volumes[volume.id][1]
+    (tag,) = (tag for tag in g0.tags if tag.startswith("landfall/volume/"))
+    lvm.retag(substrate.group, g0, drop=[tag], add=[tag.replace("/1/", "/9/", 1)])
+    substrate.recover()
+    assert substrate.volumes() == (other,)
+    assert [found.where for found in substrate.unreadable()] == [f"{substrate.group.name}/{g0.name}"]
+    assert len(lvm.volumes(substrate.group)) == before
+    lvm.retag(substrate.group, g0, drop=[tag.replace("/1/", "/9/", 1)], add=[tag])
+    assert len(substrate.generations(volume.id)) == 2
+
+
 def test_E6_E7_nothing_is_begun_above_a_limit(substrate: LvmThinSubstrate) -> None:
     volume = record()
     substrate.create(volume)

@@ -151,22 +151,43 @@ def test_an_image_that_is_a_link_is_refused(substrate: ReflinkSubstrate) -> None
 
 
 def test_records_are_read_strictly(substrate: ReflinkSubstrate) -> None:
-    volume = record()
+    """One that cannot be read counts for nothing, hides no other, is told with its reason and swept by nobody."""
+    volume, other = record(), record()
     substrate.create(volume)
+    substrate.create(other)
     path = substrate.pool.volumes / str(volume.id) / "volume.json"
     good = json.loads(path.read_text())
     for wrong in (b"", b"[]", b"{", json.dumps({**good, "size_bytes": "1"}).encode(), json.dumps({**good, "more": 1}).encode()):
         path.write_bytes(wrong)
-        with pytest.raises((NotOurs, VersionUnknown)):
-            substrate.volumes()
+        assert substrate.volumes() == (other,)
+        assert [(found.volume, found.where) for found in substrate.unreadable()] == [(volume.id, str(path))]
     path.write_bytes(json.dumps({**good, "format": 2}).encode())
-    with pytest.raises(VersionUnknown):
-        substrate.volumes()
+    (told,) = substrate.unreadable()
+    assert VersionUnknown.code in told.reason
+    substrate.recover()
     path.write_bytes(json.dumps({**good, "id": str(uuid4())}).encode())
     with pytest.raises(NotOurs):
         substrate.generations(volume.id)
     path.write_bytes(json.dumps(good).encode())
-    assert substrate.volumes() == (volume,)
+    assert set(substrate.volumes()) == {volume, other}
+    assert substrate.unreadable() == ()
+
+
+def test_B12_a_generation_that_cannot_be_read_hides_no_other_and_is_swept_by_nobody(substrate: ReflinkSubstrate) -> None:
+    volume = record()
+    substrate.create(volume)
+    first, second = (taken(substrate, volume.id, {1: block_of(text)}) for text in ("first", "second"))
+    path = substrate.pool.volumes / str(volume.id) / "generations" / f"{first.id.name}.json"
+    good = path.read_bytes()
+    path.write_bytes(good[:-9])
+    substrate.recover()
+    assert [facts.id for facts in substrate.generations(volume.id)][1:] == [second.id]
+    assert [found.where for found in substrate.unreadable()] == [str(path)]
+    with pytest.raises(NoSuchGeneration):
+        content(substrate, first.id)
+    path.write_bytes(good)
+    assert read(path.with_suffix(".img"), 1, 1) == block_of("first")
+    assert [facts.id for facts in substrate.generations(volume.id)][1:] == [first.id, second.id]
 
 
 def test_E20_an_image_that_was_cut_or_grown_is_not_used(substrate: ReflinkSubstrate) -> None:

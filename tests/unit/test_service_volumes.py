@@ -14,8 +14,9 @@ import pytest
 from agent.contract import messages as m
 from agent.contract.errors import CommandFailed, NameRefused, NoSuchGeneration, VolumeExists
 from agent.contract.identity import FilesystemKind, GenerationKind, empty_generation
-from agent.service import volumes
+from agent.service import serving, volumes
 from agent.service.node import Node
+from agent.serving.tenure import Tenures
 from agent.volume import filesystem
 from agent.volume.substrate import VolumeRecord
 
@@ -30,6 +31,7 @@ class World:
         self.broken = False
         substrate = SimpleNamespace(
             volumes=lambda: tuple(self.records.values()),
+            unreadable=lambda: (),
             create=lambda record: self.records.update({record.id: record}),
             remove=self.records.pop,
             operational=self.operational,
@@ -43,6 +45,7 @@ class World:
                 substrate=substrate,
                 samba=samba,
                 job=self.job,
+                tenures=Tenures(folder / "tenure"),
                 record=lambda volume: self.records[volume],
                 serving=lambda record: record.name in self.mounted,
                 mount_point=lambda record: folder / record.name,
@@ -101,5 +104,5 @@ def test_a_replica_that_holds_nothing_is_not_promoted(world: World) -> None:
     volume = uuid4()
     volumes.admit(world.node, m.AdmitReplica(volume, "projects", FilesystemKind.XFS, 1 << 30, 512), lambda *_: None)
     with pytest.raises(NoSuchGeneration, match="never replicated"):
-        volumes.serve(world.node, m.ServeVolume(volume), lambda *_: None)
+        serving.promote(world.node, m.PromoteVolume(volume, 2), lambda *_: None)
     assert world.records[volume].role is m.Role.SECONDARY

@@ -2,12 +2,13 @@
 
 --base IMAGE --target IMAGE   the source's frozen generations (an image that is one hole is an empty base)
 --filesystem ext4|xfs
---result DIR                  the mounted tree that NAS 2 serves
+--result DIR|IMAGE            the mounted tree that NAS 2 serves, or a copy of its volume
 --loss LOSS.json              see loss.py; without it the result must be the target
 --dmi FILE --arrival FILE     as NAS 2 has them; without both the transfer counts as complete
 --smb //HOST/SHARE [PATH ...] read these files, or --smb-files chosen ones, with a real client (--smb-client "ip netns exec X smbclient -N")
 --out CHECK.json              the figures and the first 200 findings; without it they are printed
 
+--digests IMAGE --filesystem ...  only: every file of a frozen image with its attributes and digest, to --out or printed
 --generation-equal IMAGE IMAGE   only: are two images equal, holes being zeros
 """
 
@@ -27,6 +28,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from mgmt.drill.checker.blocks import differing_blocks, read_arrival
+from mgmt.drill.checker.digests import listing
 from mgmt.drill.checker.extents import blocks_of
 from mgmt.drill.checker.loss import LossStatement, read_loss
 from mgmt.drill.checker.smb import choose, read_back
@@ -47,27 +49,34 @@ def main(argv: list[str]) -> int:
         command = ["unshare", "--mount", "--propagation", "private", sys.executable, "-m", "mgmt.drill.checker", *argv]
         os.execvpe(command[0], command, {**os.environ, _OWN_NAMESPACE: os.readlink("/proc/self/ns/mnt")})
     if os.environ[_OWN_NAMESPACE] != os.readlink("/proc/self/ns/mnt"):
-        let_go_of_mounts(asked.base, asked.target, asked.result, asked.loss, asked.dmi, asked.arrival, asked.out)
+        let_go_of_mounts(asked.base, asked.target, asked.digests, asked.result, asked.loss, asked.dmi, asked.arrival, asked.out)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(2))
     started = time.monotonic()
     try:
+        if asked.digests:
+            with mounted(asked.digests, asked.filesystem) as root:
+                _give(asked.out, json.dumps(listing(str(root))))
+            return 0
         loss = read_loss(asked.loss) if asked.loss else None
         verdict = _check(asked, loss)
     except (OSError, ValueError, RuntimeError) as error:
         sys.stderr.write(f"checker: {error}\n")
         return 2
     document = _document(verdict, time.monotonic() - started)
-    text = json.dumps(document, indent=1)
-    if asked.out:
-        asked.out.write_text(text + "\n")
+    _give(asked.out, json.dumps(document, indent=1))
+    return int(any(verdict.counts.values()))
+
+
+def _give(out: Path | None, text: str) -> None:
+    if out:
+        out.write_text(text + "\n")
     else:
         sys.stdout.write(text + "\n")
-    return int(any(verdict.counts.values()))
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m mgmt.drill.checker", description="Hold a recovery against the source's generations.")
-    for name in ("base", "target", "result", "loss", "dmi", "arrival", "out"):
+    for name in ("base", "target", "result", "loss", "dmi", "arrival", "digests", "out"):
         parser.add_argument(f"--{name}", type=Path)
     parser.add_argument("--filesystem", choices=("ext4", "xfs"))
     parser.add_argument("--smb", nargs="+", metavar=("SHARE", "PATH"))
@@ -75,7 +84,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--smb-client", default="smbclient -N", help="the client and its options, and what runs it")
     parser.add_argument("--generation-equal", nargs=2, type=Path, metavar="IMAGE")
     asked = parser.parse_args(argv)
-    if not asked.generation_equal and not (asked.base and asked.target and asked.result and asked.filesystem):
+    if asked.digests and not asked.filesystem:
+        parser.error("--digests needs --filesystem")
+    if not asked.generation_equal and not asked.digests and not (asked.base and asked.target and asked.result and asked.filesystem):
         parser.error("--base, --target, --filesystem and --result are needed")
     if bool(asked.dmi) != bool(asked.arrival):
         parser.error("--dmi and --arrival go together")
@@ -89,11 +100,12 @@ def _check(asked: argparse.Namespace, loss: LossStatement | None) -> Verdict:
     with ExitStack() as stack:
         target_root = stack.enter_context(mounted(asked.target, asked.filesystem))
         base_root = None if _is_hole(asked.base) else stack.enter_context(mounted(asked.base, asked.filesystem))
+        result_root = stack.enter_context(mounted(asked.result, asked.filesystem)) if asked.result.is_file() else asked.result
         # Forked now, so that the readers are in the namespace of the mounts; they are gone before the mounts are.
         pool = stack.enter_context(ProcessPoolExecutor(min(4, os.cpu_count() or 2), multiprocessing.get_context("fork")))
         target_job = pool.submit(read_tree, target_root, "target", handles=True)
         base_job = pool.submit(read_tree, base_root, "base", handles=True) if base_root else None
-        result_job = pool.submit(read_tree, asked.result, "result", handles=False)
+        result_job = pool.submit(read_tree, result_root, "result", handles=False)
         blocks_job = pool.submit(differing_blocks, asked.base, asked.target)
         target, base = target_job.result(), base_job.result() if base_job else EMPTY
         changed = changed_files(base, target)

@@ -1,0 +1,205 @@
+"""The control plane: what the management node asks of an agent, and what an agent answers.
+
+One JSON object a line, over SSH to ``landfall-agent connect``. A request is ``{"v", "id", "verb", "args"}``. An answer to it is
+any number of ``{"id", "progress"}`` lines, then one of ``{"id", "error"}``, ``{"id", "result"}``, or a result with ``blob_bytes`` followed
+by that many raw bytes (DMI and arrival record can be hundreds of megabytes). Arguments and results are dataclasses, a module for each
+noun; unknown or missing keys are refused on both sides. A class's docstring begins with its verb.
+
+node         who answers, its devices, its outbox
+generations  facts of them; take, drop, open, close; examine, digests, owners
+volumes      facts of them; create, admit, list
+serving      promote, serve, unserve, demote
+transfers    build, mend, receive, send, list, fetch, discard
+salvages     update, undo
+wire         lines and documents
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from agent.contract.messages.generations import (
+    CloseGeneration,
+    DropGeneration,
+    Examined,
+    ExamineGeneration,
+    FetchDigests,
+    FindOwners,
+    GenerationFacts,
+    Opened,
+    OpenGeneration,
+    OwnedBlocks,
+    Owners,
+    TakeGeneration,
+    Taken,
+    newest,
+)
+from agent.contract.messages.node import (
+    AcknowledgeOutbox,
+    DeviceFacts,
+    Devices,
+    Done,
+    Hello,
+    ListDevices,
+    NodeFacts,
+    Notification,
+    Outbox,
+    Progress,
+    ReadOutbox,
+)
+from agent.contract.messages.salvages import (
+    Deletions,
+    FileOutcome,
+    Outcome,
+    Salvaged,
+    UndoSalvage,
+    UpdateInstruction,
+)
+from agent.contract.messages.serving import (
+    Demoted,
+    DemoteVolume,
+    Probed,
+    ProbePeer,
+    PromoteVolume,
+    ServeVolume,
+    StopServing,
+)
+from agent.contract.messages.transfers import (
+    Blob,
+    BuildMend,
+    BuildTransfer,
+    Built,
+    Differential,
+    DiscardTransfer,
+    FetchArrival,
+    FetchDmi,
+    Listening,
+    ListTransfers,
+    ReceiveTransfer,
+    SendTransfer,
+    Sent,
+    TlsMaterial,
+    TransferFacts,
+    Transfers,
+    TransferState,
+)
+from agent.contract.messages.volumes import (
+    AdmitReplica,
+    CreateVolume,
+    ListVolumes,
+    ReplicaState,
+    Role,
+    Unreadable,
+    VolumeFacts,
+    Volumes,
+)
+from agent.contract.messages.wire import MAX_LINE_BYTES, PROTOCOL, decode_line, encode_line, from_document, to_document
+
+__all__ = [
+    "MAX_LINE_BYTES",
+    "PROTOCOL",
+    "VERBS",
+    "VERB_OF",
+    "AcknowledgeOutbox",
+    "AdmitReplica",
+    "Blob",
+    "BuildMend",
+    "BuildTransfer",
+    "Built",
+    "CloseGeneration",
+    "CreateVolume",
+    "Deletions",
+    "DemoteVolume",
+    "Demoted",
+    "DeviceFacts",
+    "Devices",
+    "Differential",
+    "DiscardTransfer",
+    "Done",
+    "DropGeneration",
+    "ExamineGeneration",
+    "Examined",
+    "FetchArrival",
+    "FetchDigests",
+    "FetchDmi",
+    "FileOutcome",
+    "FindOwners",
+    "GenerationFacts",
+    "Hello",
+    "ListDevices",
+    "ListTransfers",
+    "ListVolumes",
+    "Listening",
+    "NodeFacts",
+    "Notification",
+    "OpenGeneration",
+    "Opened",
+    "Outbox",
+    "Outcome",
+    "OwnedBlocks",
+    "Owners",
+    "ProbePeer",
+    "Probed",
+    "Progress",
+    "PromoteVolume",
+    "ReadOutbox",
+    "ReceiveTransfer",
+    "ReplicaState",
+    "Role",
+    "Salvaged",
+    "SendTransfer",
+    "Sent",
+    "ServeVolume",
+    "StopServing",
+    "TakeGeneration",
+    "Taken",
+    "TlsMaterial",
+    "TransferFacts",
+    "TransferState",
+    "Transfers",
+    "UndoSalvage",
+    "Unreadable",
+    "UpdateInstruction",
+    "VolumeFacts",
+    "Volumes",
+    "decode_line",
+    "encode_line",
+    "from_document",
+    "newest",
+    "to_document",
+]
+
+VERBS: Final[dict[str, tuple[type[Any], type[Any]]]] = {
+    "hello": (Hello, NodeFacts),
+    "devices": (ListDevices, Devices),
+    "volume.create": (CreateVolume, VolumeFacts),
+    "volume.admit": (AdmitReplica, VolumeFacts),
+    "volume.list": (ListVolumes, Volumes),
+    "volume.promote": (PromoteVolume, VolumeFacts),
+    "volume.serve": (ServeVolume, VolumeFacts),
+    "volume.unserve": (StopServing, VolumeFacts),
+    "volume.demote": (DemoteVolume, Demoted),
+    "generation.take": (TakeGeneration, Taken),
+    "generation.drop": (DropGeneration, Done),
+    "generation.open": (OpenGeneration, Opened),
+    "generation.close": (CloseGeneration, Done),
+    "generation.examine": (ExamineGeneration, Examined),
+    "generation.digests": (FetchDigests, Blob),
+    "generation.owners": (FindOwners, Owners),
+    "transfer.build": (BuildTransfer, Built),
+    "transfer.mend": (BuildMend, Built),
+    "transfer.receive": (ReceiveTransfer, Listening),
+    "transfer.send": (SendTransfer, Sent),
+    "transfer.list": (ListTransfers, Transfers),
+    "transfer.dmi": (FetchDmi, Blob),
+    "transfer.arrival": (FetchArrival, Blob),
+    "transfer.discard": (DiscardTransfer, Done),
+    "salvage.update": (UpdateInstruction, Salvaged),
+    "salvage.undo": (UndoSalvage, Done),
+    "peer.probe": (ProbePeer, Probed),
+    "outbox.read": (ReadOutbox, Outbox),
+    "outbox.acknowledge": (AcknowledgeOutbox, Done),
+}
+"""Every verb with the types of its arguments and of its result."""
+
+VERB_OF: Final = {arguments: verb for verb, (arguments, _) in VERBS.items()}

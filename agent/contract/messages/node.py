@@ -1,0 +1,91 @@
+"""The node itself: who it is, what devices it has, and what it has to say."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from uuid import UUID
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """hello: who are you?"""
+
+
+@dataclass(frozen=True, slots=True)
+class NodeFacts:
+    """Answer to hello."""
+
+    node: str
+    release: str
+    protocol: int
+    lab: bool
+    substrates: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceFacts:
+    """A block device that this node sees; identity, not name, is what Landfall goes by."""
+
+    path: str
+    size_bytes: int
+    sector_bytes: int
+    read_only: bool
+    kind: str  # disk, loop, dm, partition
+    identity: str  # serial, WWN, UUID or backing inode; empty if it has none
+    holder: str  # what it is used for, as far as known
+
+
+@dataclass(frozen=True, slots=True)
+class ListDevices:
+    """devices"""
+
+
+@dataclass(frozen=True, slots=True)
+class Devices:
+    devices: tuple[DeviceFacts, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Notification:
+    """A word of an agent to the management node, kept until acknowledged. ``kind`` is reception-failure, device-changed ..."""
+
+    sequence: int
+    kind: str
+    volume: UUID
+    transfer: UUID | None
+    at_ns: int
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReadOutbox:
+    """outbox.read: notifications after ``after``; waits up to ``wait_s`` for one."""
+
+    after: int = 0
+    wait_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Outbox:
+    notifications: tuple[Notification, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class AcknowledgeOutbox:
+    """outbox.acknowledge: the management node has stored everything up to ``sequence``."""
+
+    sequence: int
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a long verb is."""
+
+    step: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """Answer of verbs that have nothing to say."""

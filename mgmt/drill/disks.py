@@ -1,0 +1,44 @@
+"""Where the local lab's nodes keep what a drill looks at, as this machine's root reaches it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from agent.contract.errors import CommandFailed
+from agent.contract.identity import GenerationId
+from agent.system.run import run
+from mgmt.lab.layout import NODE_ROOT, Lab, NodeName
+from mgmt.lab.processes import first_process
+
+
+@contextmanager
+def pool_of(lab: Lab, node: NodeName) -> Iterator[Path]:
+    """Yield a node's pool as this machine's root sees it: the living node's own mount, or the dead one's disk, read-only."""
+    pid = first_process(lab, node)
+    if pid is not None:
+        yield within_node(lab, node, NODE_ROOT / "pool")
+        return
+    mount_point = lab.directory / f"{node}-disk"
+    mount_point.mkdir(mode=0o700, exist_ok=True)
+    run(["mount", "-o", "loop,ro", str(lab.pool_image(node)), str(mount_point)])
+    try:
+        yield mount_point
+    finally:
+        run(["umount", str(mount_point)])
+        mount_point.rmdir()
+
+
+def image_in(pool: Path, generation: GenerationId) -> Path:
+    """Return the image file of a generation."""
+    return pool / "volumes" / str(generation.volume) / "generations" / f"{generation.name}.img"
+
+
+def within_node(lab: Lab, node: NodeName, path: Path) -> Path:
+    """Return a living node's ``path`` as this machine's root reaches it."""
+    pid = first_process(lab, node)
+    if pid is None:
+        raise CommandFailed(f"{node} does not run")
+    return Path(f"/proc/{pid}/root") / os.path.relpath(path, "/")
