@@ -42,6 +42,8 @@ from mgmt.lab.proxy import Action, Direction, Endpoint, Event, Proxy, Trigger
 from mgmt.report import LossStatement
 
 VOLUME: Final = "drill"
+ADDRESS: Final = "10.77.0.100/24"
+"""Where clients find the volume, before and after."""
 SILENCE_LIMIT_S: Final = 3.0
 DEATH_LIMIT_S: Final = 300.0
 DETECT_LIMIT_S: Final = 60.0
@@ -78,10 +80,16 @@ class Drill:
         inventory = read_inventory(self.lab.node(NodeName.MGMT) / "etc" / "landfall.toml")
         site = self._stack.enter_context(operations.Site(_impatient(inventory)))
         operations.add_volume(
-            site, VOLUME, filesystem=options.filesystem, size_bytes=options.size_bytes, primary=NodeName.NAS1, secondary=NodeName.NAS2
+            site,
+            VOLUME,
+            filesystem=options.filesystem,
+            size_bytes=options.size_bytes,
+            primary=NodeName.NAS1,
+            secondary=NodeName.NAS2,
+            address=ADDRESS,
         )
         root = self._served(NodeName.NAS1)
-        client = self._client(NodeName.NAS1)
+        client = self._client()
         with self.stage.step(f"nas1: {options.files:,} files on {options.filesystem}") as advance:
             workload.fill(root, options.files, options.content_bytes, options.seed, advance)
             workload.smb_changes(client, 2 * options.seed)

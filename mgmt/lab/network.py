@@ -37,18 +37,31 @@ def create(lab: Lab) -> None:
         with_links(lab.namespace(node), partial(_address, node))
 
 
-def apply_cuts(lab: Lab, cut: frozenset[Pair]) -> None:
-    """Make exactly the pairs in ``cut`` unable to exchange a packet."""
+def apply_cuts(lab: Lab, cut: frozenset[Pair], off: frozenset[NodeName]) -> None:
+    """Make exactly the pairs in ``cut`` unable to exchange a packet, and those nodes that are ``off`` with anybody."""
 
     def set_ports(switch: IPRoute) -> None:
         for node, port in ports(cut).items():
             index = _index(switch, node)
             switch.brport("set", index=index, isolated=int(port is Port.ISOLATED))
-            switch.link("set", index=index, state="down" if port is Port.DOWN else "up")
+            switch.link("set", index=index, state="down" if port is Port.DOWN or node in off else "up")
 
     with_links(lab.switch, set_ports)
     for node in NodeName:
         with_links(lab.namespace(node), _forget_neighbours)
+
+
+def forget_addresses(lab: Lab, node: NodeName) -> None:
+    """Leave a node the addresses it boots with: its namespace outlives it, and what it took since must not."""
+
+    def forget(links: IPRoute) -> None:
+        own = {node.address, node.address6}
+        for entry in list(links.get_addr(index=_index(links, LINK))):
+            address = entry.get("IFA_LOCAL") or entry.get("IFA_ADDRESS")
+            if address not in own and not str(address).startswith("fe80:"):
+                links.addr("del", index=entry["index"], address=address, prefixlen=entry["prefixlen"])
+
+    with_links(lab.namespace(node), forget)
 
 
 def present(lab: Lab) -> bool:

@@ -28,20 +28,21 @@ def add_volume(
     priorities: tuple[tuple[str, int], ...] = (),
     sector_bytes: int = 512,
     mkfs_options: tuple[str, ...] = (),
+    address: str = "",
 ) -> m.VolumeFacts:
-    """Return the volume as the primary serves it, with a secondary that is ready for its replica.
+    """Return the volume as the primary serves it (at ``address``, if it has one), with a secondary that is ready for its replica.
 
     Recorded first: if we die here, adding the same volume again finishes what is missing.
     """
     volume_name(name)
-    entry = VolumeEntry(uuid4(), name, primary, secondary, filesystem, size_bytes, policy or Policy(), priorities)
+    entry = VolumeEntry(uuid4(), name, primary, secondary, filesystem, size_bytes, policy or Policy(), priorities, address=address)
     one, other = site.node(primary), site.node(secondary)
     for node in (primary, secondary):
         site.hello(node)
     known = next((found for found in site.catalog.volumes() if found.name.lower() == name.lower()), None)
     if known is None:
         site.catalog.add_volume(entry)
-    elif dataclasses.replace(known, id=entry.id, policy=entry.policy, priorities=entry.priorities) != entry:
+    elif dataclasses.replace(known, id=entry.id, policy=entry.policy, priorities=entry.priorities, address=address) != entry:
         raise VolumeExists(f"there is another volume {known.name} already")
     else:
         entry = dataclasses.replace(entry, id=known.id)
@@ -58,6 +59,8 @@ def add_volume(
             if known is None:
                 site.catalog.forget_volume(entry.id)
             raise
+    if address:
+        one.ask(m.TakeAddress(entry.id, address))
     other.ask(m.AdmitReplica(entry.id, name, filesystem, size_bytes, sector_bytes))
     return facts
 
@@ -70,6 +73,21 @@ def list_volumes(site: Site) -> list[VolumeEntry]:
 def set_volume(site: Site, name: str, **changes: Any) -> VolumeEntry:
     """Return the volume with ``changes``, fields of its entry, laid down for it; what is not among them stays."""
     site.catalog.set_volume(dataclasses.replace(site.catalog.volume(name), **changes))
+    return site.catalog.volume(name)
+
+
+def move_address(site: Site, name: str, address: str) -> VolumeEntry:
+    """Return the volume with another address (empty: none), which its primary takes before it gives the old one up.
+
+    If we die here the new one is recorded: `landfall serve` and every failover take it.
+    """
+    entry = site.catalog.volume(name)
+    site.catalog.set_volume(dataclasses.replace(entry, address=address))
+    primary = site.node(entry.primary)
+    if address:
+        primary.ask(m.TakeAddress(entry.id, address))
+    if entry.address and entry.address != address:
+        primary.ask(m.DropAddress(entry.id, entry.address))
     return site.catalog.volume(name)
 
 
