@@ -79,6 +79,12 @@ class Authority:
         """The authority's own certificate."""
         return self._certificate.public_bytes(Encoding.PEM).decode()
 
+    @property
+    def days_left(self) -> float:
+        """For how long its certificates are taken."""
+        now = datetime.datetime.fromtimestamp(wall_ns() // 10**9, datetime.UTC)
+        return (self._certificate.not_valid_after_utc - now) / datetime.timedelta(days=1)
+
     def passes(self, sender: str, receiver: str) -> Passes:
         """Return what both ends of one session of one transfer prove themselves with; nothing of it is kept here."""
         return Passes(

@@ -2,9 +2,10 @@
 # Brings a Debian or Ubuntu machine to where Landfall's lab and tests run: kernel features, system packages,
 # and the locked virtual environment in build/venv. Run again, it skips what is there.
 #
-#   setup.sh [--test] [--bench] [--guest] [--venv-only]
+#   setup.sh [--test] [--bench] [--guest] [--vm] [--venv-only]
 #
-# --test adds promtool, which judges metrics and alerts; --bench adds the peers of the benchmarks; --guest the guest that has device-mapper, and LVM; --venv-only makes the virtual environment alone, for which root is not needed.
+# --test adds promtool, which judges metrics and alerts; --bench adds the peers of the benchmarks; --guest the guest that has device-mapper, and LVM;
+# --vm what the VM lab runs on (vagrant/README.md); --venv-only makes the virtual environment alone, for which root is not needed.
 # Exit status 2 means that this machine cannot run the lab as it is; the one sentence printed says how to mend it.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -12,14 +13,15 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 say() { printf 'landfall: %s\n' "$*" >&2; }
 refuse() { say "$*"; exit 2; }
 
-test=no bench=no guest=no venv_only=no
+test=no bench=no guest=no vm=no venv_only=no
 for argument in "$@"; do
     case "$argument" in
         --test) test=yes ;;
         --bench) bench=yes ;;
         --guest) guest=yes ;;
+        --vm) vm=yes ;;
         --venv-only) venv_only=yes ;;
-        *) refuse "unknown argument $argument; use --test, --bench, --guest or --venv-only." ;;
+        *) refuse "unknown argument $argument; use --test, --bench, --guest, --vm or --venv-only." ;;
     esac
 done
 
@@ -27,6 +29,8 @@ lab_packages=(samba smbclient systemd openssh-server openssh-client xfsprogs btr
     util-linux mount)
 bench_packages=(fio qemu-utils libnbd-bin nbdkit)
 guest_packages=(user-mode-linux lvm2 thin-provisioning-tools kmod iproute2)
+vm_packages=(vagrant vagrant-libvirt libvirt-daemon libvirt-daemon-system libvirt-clients qemu-system-x86 qemu-utils dnsmasq-base
+    iptables mmdebstrap debian-archive-keyring busybox-static cpio grub-common grub-pc-bin fdisk kmod openssh-client smbclient zstd)
 venv=build/venv
 
 check_kernel() {
@@ -135,6 +139,7 @@ if [ "$venv_only" = no ]; then
     wanted_packages=("${lab_packages[@]}")
     [ "$bench" = no ] || wanted_packages+=("${bench_packages[@]}")
     [ "$guest" = no ] || wanted_packages+=("${guest_packages[@]}")
+    [ "$vm" = no ] || wanted_packages+=("${vm_packages[@]}")
     mapfile -t missing < <(missing_packages "${wanted_packages[@]}")
     [ ${#missing[@]} = 0 ] || install_packages "${missing[@]}"
     [ "$test" = no ] || fetch_promtool

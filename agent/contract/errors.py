@@ -251,6 +251,12 @@ class ReplicaDiffers(LandfallError):
     code, exit_code, retry, fix = "replica-differs", 90, Retry.OPERATOR, "`landfall verify VOLUME --heal`, then look at the node's disk."
 
 
+class CheckFailed(LandfallError):
+    """`landfall check` found something that would fail on the bad night; the list says what, and what to do about each."""
+
+    code, exit_code, retry, fix = "check-failed", 91, Retry.OPERATOR, "Mend what is FAILED, then run `landfall check` again."
+
+
 class FailpointHit(LandfallError):
     """A failpoint that a test armed raised here."""
 

@@ -13,6 +13,7 @@ receiving    receive (NAS 2)
 salvages     update, undo
 outbox       notifications kept for the management node
 devices      what block devices there are
+health       what a preflight must know
 show         a DMI in words
 metrics      a file for Prometheus
 """
@@ -25,12 +26,28 @@ from typing import Any
 
 from agent.config import Config
 from agent.contract import messages as m
-from agent.service import devices, generations, mending, peers, receiving, salvages, sending, serving, transfers, verification, volumes
+from agent.service import (
+    devices,
+    generations,
+    health,
+    mending,
+    peers,
+    receiving,
+    salvages,
+    sending,
+    serving,
+    transfers,
+    verification,
+    volumes,
+)
 from agent.service.metrics import TextFile
 from agent.service.node import Node, ProgressCall
 
 HANDLERS: dict[type[Any], Callable[[Node, Any, ProgressCall], Any]] = {
     m.Hello: lambda node, arguments, progress: node.facts(),
+    m.AskHealth: health.health,
+    m.OpenPath: health.open_path,
+    m.TryPath: health.try_path,
     m.ListDevices: devices.list_devices,
     m.CreateVolume: volumes.create,
     m.AdmitReplica: volumes.admit,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from agent.system.files import write_durably
 from agent.system.run import run
 
 START_LIMIT_S = 20.0
+_CONNECT_LIMIT_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +73,16 @@ class Samba:
             _signal(child, signal.SIGKILL)
         _signal(pid, signal.SIGKILL)
         _wait(lambda: self._pid() is None, "smbd did not end")
+
+    def answers(self) -> bool:
+        """Whether smbd runs and takes connections; without a port it is not asked to."""
+        if not self.port:
+            return True
+        try:
+            socket.create_connection((self.address, self.port), timeout=_CONNECT_LIMIT_S).close()
+        except OSError:
+            return False
+        return self._answers()
 
     def _apply(self, shares: tuple[Share, ...]) -> None:
         for name in ("private", "lock", "state", "cache", "ncalrpc", "pid"):

@@ -77,6 +77,7 @@ for command in (
     watching.watch,
     watching.history,
     watching.hold,
+    upkeep.check,
     upkeep.verify,
     words.explain,
     words.check_config,

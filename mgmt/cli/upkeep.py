@@ -1,4 +1,4 @@
-"""What keeps a pair fit for the bad night: verify."""
+"""What keeps a pair fit for the bad night: check, verify."""
 
 from __future__ import annotations
 
@@ -6,13 +6,42 @@ from typing import TYPE_CHECKING
 
 import click
 
-from agent.contract.errors import ReplicaDiffers
+from agent.contract.errors import CheckFailed, ReplicaDiffers
 from agent.contract.messages import to_document
 from mgmt.cli.place import Place, as_json_option, at_place, volume_argument, want, yes_option
 
 if TYPE_CHECKING:
     from mgmt.run import Damage, Verified
     from mgmt.terminal import Sheet
+
+
+@click.command()
+@click.argument("volumes", nargs=-1, metavar="[VOLUME]...")
+@click.option(
+    "--oldest-hours", type=click.FloatRange(0, min_open=True), default=26.0, show_default=True, help="Age of a replica that is a warning."
+)
+@as_json_option
+@at_place
+def check(place: Place, volumes: tuple[str, ...], oldest_hours: float, as_json: bool) -> None:
+    """List what must be right before the bad night: OK, WARNING or FAILED, each with a hint. Changes nothing.
+
+    Exit status 0 without a FAILED, also with a WARNING.
+    """
+    from mgmt import run
+    from mgmt.terminal import Sheet, say, show, show_json
+
+    with place.site() as site:
+        found = run.preflight(site, volumes, oldest_s=oldest_hours * 3600)
+    state = run.worst(found)
+    if as_json:
+        show_json({"state": state.value, "findings": [to_document(finding) for finding in found]})
+        click.get_current_context().exit(CheckFailed.exit_code if state is run.CheckState.FAILED else 0)
+    rows = tuple((finding.state.value, finding.subject, finding.what, finding.said, finding.hint) for finding in found)
+    show([Sheet(("", "of", "what", "found", "hint"), rows)])
+    if state is run.CheckState.FAILED:
+        failed = [f"{finding.subject}: {finding.what}" for finding in found if finding.state is state]
+        raise CheckFailed(f"{len(failed)} of {len(found)} checks failed", cause="; ".join(failed))
+    say(f"Nothing failed; {sum(finding.state is run.CheckState.WARNING for finding in found)} of {len(found)} checks warn.")
 
 
 @click.command()

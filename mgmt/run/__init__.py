@@ -6,11 +6,13 @@ notices       notifications fetched, stored, acknowledged
 retention     generations let go, and held
 replication   a generation, its differential, a transfer, resumed while both nodes live; discard
 standing      how a volume stands: both sides' facts, open transfers with their gauge
+preflight     everything that must be right before the bad night
 verification  both copies of a generation compared, and made equal
 salvage       the evidence fetched, determined, the update instruction, the loss statement; undo
 """
 
 from mgmt.run.notices import collect, wait_for_failure
+from mgmt.run.preflight import CheckState, Finding, preflight, worst
 from mgmt.run.replication import Prepared, Replicated, discard, prepare, replicate
 from mgmt.run.retention import hold, release_hold
 from mgmt.run.salvage import Salvage, undo, verdicts
@@ -21,7 +23,9 @@ from mgmt.run.verification import Damage, Verified, verify
 from mgmt.run.volumes import add_volume, list_volumes, move_address, serve, set_volume, unserve
 
 __all__ = [
+    "CheckState",
     "Damage",
+    "Finding",
     "NodeView",
     "Prepared",
     "Replicated",
@@ -37,6 +41,7 @@ __all__ = [
     "hold",
     "list_volumes",
     "move_address",
+    "preflight",
     "prepare",
     "release_hold",
     "replicate",
@@ -49,4 +54,5 @@ __all__ = [
     "verdicts",
     "verify",
     "wait_for_failure",
+    "worst",
 ]

@@ -197,3 +197,21 @@ def test_B12_one_record_that_cannot_be_read_is_told_and_hides_nothing(lab: Lab) 
     assert told["secondary"]["facts"] is None
     assert "cannot be read" in told["secondary"]["problem"]
     replicated(lab, "other")
+
+
+def test_check_says_ok_of_a_lab_in_order_and_fails_with_its_node(lab: Lab) -> None:
+    made(lab, "checked")
+    replicated(lab, "checked")
+    found = json.loads(command(lab, "check", "checked", "--json"))
+    amiss = {(said["subject"], said["what"]): said["said"] for said in found["findings"] if said["state"] != "OK"}
+    assert set(amiss) <= {(NAS1, "fence"), (NAS2, "fence"), (NAS1, "clock"), (NAS2, "clock")}, amiss
+    ways = [said["said"] for said in found["findings"] if said["what"] == "network"]
+    assert len(ways) == 2
+    assert all("MTU 1500" in said for said in ways)
+    assert "checked" in next(said["said"] for said in found["findings"] if said["what"] == "SMB")
+    lifecycle.kill(lab, NAS2)
+    try:
+        found = json.loads(command(lab, "check", "--json", expect=91))
+        assert [said["subject"] for said in found["findings"] if said["state"] == "FAILED"] == [NAS2]
+    finally:
+        lifecycle.start_node(lab, NAS2)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -38,6 +40,23 @@ def test_a_right_salvage_has_no_finding(scene: Scene, served: Path) -> None:
     assert answer.document["compared_files"] > 45
     assert answer.document["outcomes"]["held"] == 3
     assert not any(str(scene.directory) in name for name in loops())
+
+
+def test_a_copy_of_the_volume_is_as_good_as_its_tree(scene: Scene) -> None:
+    answer = scene.check(scene.result)
+    assert (answer.status, answer.document["findings"]) == (0, [])
+    assert not any(str(scene.directory) in name for name in loops())
+
+
+def test_the_digests_of_an_image_are_those_of_its_files(scene: Scene, served: Path, tmp_path: Path) -> None:
+    out = tmp_path / "digests.json"
+    run(sys.executable, "-m", "mgmt.drill.checker", "--digests", scene.result, "--filesystem", scene.filesystem, "--out", out)
+    told = json.loads(out.read_text())
+    assert told == json.loads(run(sys.executable, ROOT / "mgmt/drill/checker/digests.py", served))
+    assert told["created"]["sha256"] == hashlib.sha256((served / "created").read_bytes()).hexdigest()
+    one_byte(served)
+    spoiled = json.loads(run(sys.executable, ROOT / "mgmt/drill/checker/digests.py", served))
+    assert {path for path in told if told[path] != spoiled[path]} == {"created"}
 
 
 def one_byte(root: Path) -> None:

@@ -5,7 +5,7 @@ any number of ``{"id", "progress"}`` lines, then one of ``{"id", "error"}``, ``{
 by that many raw bytes (DMI and arrival record can be hundreds of megabytes). Arguments and results are dataclasses, a module for each
 noun; unknown or missing keys are refused on both sides. A class's docstring begins with its verb.
 
-node         who answers, its devices, its outbox
+node         who answers, its health and devices, the path to its peer, its outbox
 generations  facts of them; take, drop, open, close; examine, digests, owners
 volumes      facts of them; create, admit, list
 serving      promote, serve, unserve, demote
@@ -36,16 +36,21 @@ from agent.contract.messages.generations import (
 )
 from agent.contract.messages.node import (
     AcknowledgeOutbox,
+    AskHealth,
     DeviceFacts,
     Devices,
     Done,
+    Health,
     Hello,
     ListDevices,
     NodeFacts,
     Notification,
+    OpenPath,
     Outbox,
+    PathTried,
     Progress,
     ReadOutbox,
+    TryPath,
 )
 from agent.contract.messages.salvages import (
     Deletions,
@@ -102,6 +107,7 @@ __all__ = [
     "VERB_OF",
     "AcknowledgeOutbox",
     "AdmitReplica",
+    "AskHealth",
     "Blob",
     "BuildMend",
     "BuildTransfer",
@@ -125,6 +131,7 @@ __all__ = [
     "FileOutcome",
     "FindOwners",
     "GenerationFacts",
+    "Health",
     "Hello",
     "ListDevices",
     "ListTransfers",
@@ -133,11 +140,13 @@ __all__ = [
     "NodeFacts",
     "Notification",
     "OpenGeneration",
+    "OpenPath",
     "Opened",
     "Outbox",
     "Outcome",
     "OwnedBlocks",
     "Owners",
+    "PathTried",
     "ProbePeer",
     "Probed",
     "Progress",
@@ -157,6 +166,7 @@ __all__ = [
     "TransferFacts",
     "TransferState",
     "Transfers",
+    "TryPath",
     "UndoSalvage",
     "Unreadable",
     "UpdateInstruction",
@@ -171,6 +181,9 @@ __all__ = [
 
 VERBS: Final[dict[str, tuple[type[Any], type[Any]]]] = {
     "hello": (Hello, NodeFacts),
+    "node.health": (AskHealth, Health),
+    "path.open": (OpenPath, Listening),
+    "path.try": (TryPath, PathTried),
     "devices": (ListDevices, Devices),
     "volume.create": (CreateVolume, VolumeFacts),
     "volume.admit": (AdmitReplica, VolumeFacts),

@@ -23,6 +23,49 @@ class NodeFacts:
 
 
 @dataclass(frozen=True, slots=True)
+class AskHealth:
+    """node.health: what a preflight must know of this node."""
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """Answer to node.health. ``serves`` are the volumes mounted for clients, ``exports`` says whether SMB answers for them."""
+
+    wall_ns: int
+    pool_free_bytes: int
+    state_free_bytes: int
+    serves: tuple[str, ...]
+    exports: bool
+
+
+@dataclass(frozen=True, slots=True)
+class OpenPath:
+    """path.open: listen on the replication address for one connection of ``TryPath``, for some seconds."""
+
+    limit_s: float = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class TryPath:
+    """path.try: send as many bytes as fill some packets to a port that OpenPath opened, and have them counted."""
+
+    address: str
+    port: int
+    limit_s: float = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class PathTried:
+    """Answer to path.try. ``problem`` is empty if every byte arrived; ``interface`` and ``mtu`` are this end's."""
+
+    source: str
+    interface: str
+    mtu: int
+    seconds: float
+    problem: str
+
+
+@dataclass(frozen=True, slots=True)
 class DeviceFacts:
     """A block device that this node sees; identity, not name, is what Landfall goes by."""
 

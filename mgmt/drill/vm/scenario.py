@@ -17,6 +17,7 @@ from agent.contract.dmi import Dmi
 from agent.contract.errors import ConfigInvalid
 from agent.contract.identity import GenerationId
 from agent.contract.messages import from_document
+from agent.system.clock import wall_ns
 from mgmt.drill import evidence
 from mgmt.drill.course import Course
 from mgmt.drill.evidence import Evidence
@@ -50,7 +51,7 @@ class Drill:
         self.options, self.stage, self.course = options, stage, Course()
         self.folder = options.folder.resolve()
         self.images = self.folder / "images"
-        self.volume = f"drill-{self.folder.name}"
+        self.volume = f"drill-{wall_ns() // 10**9}"  # machines that held a drill before know that one's
         self._machines, self._begin = machines, begin
 
     def run(self) -> Course:
