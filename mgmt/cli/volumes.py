@@ -134,7 +134,19 @@ def volume_list(place: Place, as_json: bool) -> None:
         )
         for entry in entries
     )
-    columns = ("volume", "filesystem", "size", "primary", "secondary", "deletions", "priorities", "atomic sets", "address", "schedule", "keeps")
+    columns = (
+        "volume",
+        "filesystem",
+        "size",
+        "primary",
+        "secondary",
+        "deletions",
+        "priorities",
+        "atomic sets",
+        "address",
+        "schedule",
+        "keeps",
+    )
     show([Sheet(columns, rows)])
 
 

@@ -47,6 +47,7 @@ class Account:
     target: str
     epoch: int
     address: str
+    mount_point: str  # on the target
     generation: str  # that is served
     transfer: UUID | None  # that was salvaged
     files_changed: int
@@ -92,6 +93,7 @@ def account(entry: FailoverEntry) -> Account:
         plan.target,
         plan.epoch,
         plan.address,
+        served.facts["mount_point"],
         done[Step.PROMOTE].facts["generation"],
         plan.transfer if salvage.get("generation") else None,
         salvage.get("changed", 0),
