@@ -18,6 +18,7 @@ from typing import Any
 from agent.config import Config
 from agent.contract.errors import LandfallError, NotOurs, RequestRefused, VersionUnknown
 from agent.contract.messages import (
+    LOOKING,
     MAX_LINE_BYTES,
     PROTOCOL,
     VERBS,
@@ -102,14 +103,15 @@ def _converse(service: Service, connection: socket.socket) -> None:
 
 def _answer(service: Service, connection: socket.socket, number: Any, request: dict[str, Any]) -> tuple[Any, bytes]:
     """Return the result document and the blob that follows it."""
-    if set(request) != {"v", "id", "verb", "args"}:
-        raise RequestRefused("a request has the keys v, id, verb and args")
+    if set(request) != {"v", "id", "verb", "args", "term"}:
+        raise RequestRefused("a request has the keys v, id, verb, args and term")
     if request["v"] != PROTOCOL:
         raise VersionUnknown(f"the request speaks protocol {request['v']!r}, this agent {PROTOCOL}")
     verb = VERBS.get(request["verb"]) if isinstance(request["verb"], str) else None
     if verb is None:
         raise RequestRefused(f"there is no verb {request['verb']!r}")
     arguments = from_document(request["args"], verb[0])
+    service.admit(request["term"], looking=request["verb"] in LOOKING)
     heard = True
 
     def progress(step: str, done: int, total: int) -> None:

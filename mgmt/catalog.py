@@ -69,6 +69,10 @@ MIGRATIONS: Final = (
     CREATE INDEX history_of_volume ON history (volume, number);
     """,
     """
+    CREATE TABLE term (number INTEGER NOT NULL) STRICT;
+    INSERT INTO term VALUES (1);
+    """,
+    """
     CREATE TABLE failover (
         id TEXT PRIMARY KEY, volume TEXT NOT NULL, plan TEXT NOT NULL, operator TEXT NOT NULL, lost_ns INTEGER NOT NULL,
         begun_ns INTEGER NOT NULL, ended_ns INTEGER, ending TEXT NOT NULL DEFAULT ''
@@ -441,6 +445,19 @@ class Catalog:
             if entry.undone_ns is None:
                 return entry
         raise NoSuchTransfer("no salvage of this volume stands")
+
+    # --- who is in charge ---
+
+    @property
+    def term(self) -> int:
+        """The term in which this management node orders; an agent that has heard of a higher one refuses."""
+        (number,) = self._db.execute("SELECT number FROM term").fetchone()
+        return int(number)
+
+    def set_term(self, number: int) -> None:
+        """Order in another term from now on."""
+        with self._change() as db:
+            db.execute("UPDATE term SET number = ?", (number,))
 
     # --- the file ---
 

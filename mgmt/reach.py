@@ -64,8 +64,10 @@ class Door(Protocol):
 class Node:
     """One node's agent. May be used by several threads: each request has a stream of its own, and streams are used again."""
 
-    def __init__(self, name: str, door: Door, *, answer_limit_s: float = 600.0) -> None:
+    def __init__(self, name: str, door: Door, *, answer_limit_s: float = 600.0, term: int = 0) -> None:
+        """``term`` is that of the management node; one of 0 was never in charge and may only look."""
         self.name = name
+        self.term = term
         self._door = door
         self._answer_limit_s = answer_limit_s
         self._idle: list[_Conversation] = []
@@ -133,12 +135,12 @@ class Node:
         ProtocolViolated when what came is no answer.
         """
         with self._conversation() as conversation:
-            return conversation.ask(arguments, on_progress, limit_s or self._answer_limit_s)
+            return conversation.ask(arguments, on_progress, limit_s or self._answer_limit_s, self.term)
 
     def fetch(self, arguments: m.FetchDmi | m.FetchArrival | m.FetchDigests, on_progress: OnProgress | None = None) -> bytes:
         """Return the blob that the agent answers; ``on_progress`` hears of its bytes."""
         with self._conversation() as conversation:
-            answer: m.Blob = conversation.ask(arguments, on_progress, self._answer_limit_s)
+            answer: m.Blob = conversation.ask(arguments, on_progress, self._answer_limit_s, self.term)
             return conversation.blob(answer.blob_bytes, on_progress, self._answer_limit_s)
 
     def close(self) -> None:
@@ -195,10 +197,10 @@ class _Conversation:
     def close(self) -> None:
         self._stream.close()
 
-    def ask(self, arguments: Any, on_progress: OnProgress | None, limit_s: float) -> Any:
+    def ask(self, arguments: Any, on_progress: OnProgress | None, limit_s: float, term: int) -> Any:
         verb = m.VERB_OF[type(arguments)]
         self._number += 1
-        request = {"v": m.PROTOCOL, "id": self._number, "verb": verb, "args": m.to_document(arguments)}
+        request = {"v": m.PROTOCOL, "id": self._number, "verb": verb, "args": m.to_document(arguments), "term": term}
         self.in_order = False
         with self._unreachable(verb):
             self._stream.send(m.encode_line(request))
@@ -290,9 +292,9 @@ def knock(address: str, port: int, limit_s: float) -> bool:
     return True
 
 
-def ssh_node(entry: NodeEntry, *, connect_limit_s: float = 10.0, answer_limit_s: float = 600.0) -> Node:
+def ssh_node(entry: NodeEntry, *, connect_limit_s: float = 10.0, answer_limit_s: float = 600.0, term: int = 0) -> Node:
     """Return the agent of a node, reached over SSH when it is first asked something."""
-    return Node(entry.name, _SshDoor(entry, connect_limit_s), answer_limit_s=answer_limit_s)
+    return Node(entry.name, _SshDoor(entry, connect_limit_s), answer_limit_s=answer_limit_s, term=term)
 
 
 class _Pinned(paramiko.RejectPolicy):

@@ -337,6 +337,17 @@ class NotPrimary(LandfallError):
     code, exit_code, retry, fix = "not-primary", 57, Retry.OPERATOR, "`landfall status` shows who is; `landfall failover` changes it."
 
 
+class StaleTerm(LandfallError):
+    """Another management node has taken over since this one was in charge, or its catalog is an old copy. The agents obey it no more."""
+
+    code, exit_code, retry, fix = (
+        "stale-term",
+        59,
+        Retry.OPERATOR,
+        "Let the other one work; if this one is to be in charge, `landfall takeover` on it.",
+    )
+
+
 class FenceMissing(LandfallError):
     """No fence is configured for a node, so nothing can prove that it does not write any more. Nothing was changed."""
 

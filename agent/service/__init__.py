@@ -1,6 +1,7 @@
 """What the agent does when it is asked: one module per noun of the control plane, one function per verb.
 
 node         what the handlers work on: configuration, substrate, transfers, outbox, exports; one job per volume
+term         which management node is obeyed
 volumes      create, admit, list
 serving      promote, serve, unserve, demote
 peers        probe
@@ -96,6 +97,10 @@ class Service:
         salvages.recover(self._node)
         if self._node.config.metrics_textfile:
             self._metrics = TextFile(self._node, Path(self._node.config.metrics_textfile))
+
+    def admit(self, term: object, *, looking: bool) -> None:
+        """Let a request of a management node's term in; StaleTerm if one of a higher term was heard and it does more than look."""
+        self._node.term.admit(term, looking=looking)
 
     def handle(self, arguments: Any, progress: ProgressCall) -> Any:
         """Return the answer to a request: the verb's result, or bytes for a blob."""

@@ -16,6 +16,7 @@ from agent.contract import messages as m
 from agent.contract.errors import DeviceBusy, NoSuchGeneration, NoSuchVolume, NotOurs, TransferBusy
 from agent.contract.identity import GenerationId
 from agent.service.outbox import Outbox
+from agent.service.term import Term
 from agent.serving.samba import Samba
 from agent.serving.tenure import Tenures
 from agent.transfer.store import TransferStore
@@ -58,13 +59,14 @@ class Node:
         self.outbox = Outbox(config.state_dir / "outbox")
         self.samba = Samba(config.run_dir / "samba", config.replication_address, config.smb_port, config.smb_guest or config.lab)
         self.tenures = Tenures(config.run_dir / "tenure")
+        self.term = Term(config.state_dir / "term")
         self.receptions: dict[UUID, Reception] = {}
         self._jobs: dict[UUID, str] = {}
         self._lock = threading.Lock()
 
     def facts(self) -> m.NodeFacts:
         """Return who this node is."""
-        return m.NodeFacts(self.config.node, version("landfall"), m.PROTOCOL, self.config.lab, (self.substrate.kind,))
+        return m.NodeFacts(self.config.node, version("landfall"), m.PROTOCOL, self.config.lab, (self.substrate.kind,), self.term.highest)
 
     def record(self, volume: UUID) -> VolumeRecord:
         """Return a volume's record; NoSuchVolume if it is not held here, NotOurs if it cannot be read."""

@@ -18,7 +18,7 @@ from typing import Final, NoReturn
 import click
 
 from agent.contract.errors import LandfallError, PathRefused
-from mgmt.cli import cycle, failover, upkeep, volumes, watching, words
+from mgmt.cli import charge, cycle, failover, upkeep, volumes, watching, words
 from mgmt.cli.place import DEFAULT_CONFIG, Place
 
 LATER: Final = {"lab": ("mgmt.lab.cli", "lab"), "drill": ("mgmt.drill.cli", "drill")}
@@ -79,6 +79,7 @@ for command in (
     watching.hold,
     upkeep.check,
     upkeep.verify,
+    charge.takeover,
     words.explain,
     words.check_config,
 ):

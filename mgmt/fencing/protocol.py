@@ -61,6 +61,7 @@ class AgentOptions:
     ssh_user: str = "root"
     ssh_key: str = ""
     host_key: str = ""
+    term: int = 0  # of the management node: ssh-stop gives an order
 
 
 @dataclass(frozen=True, slots=True)

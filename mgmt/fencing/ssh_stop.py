@@ -20,7 +20,7 @@ def fence(request: FenceRequest) -> str:
         words = f"{request.node} can be paused: its word proves nothing. Fence it by `libvirt` or `command`"
         raise NotFencedError(FenceCode.REFUSED, words)
     entry = NodeEntry(request.node, options.address, Path(options.ssh_key), options.host_key, options.ssh_port, options.ssh_user)
-    node = ssh_node(entry, answer_limit_s=ANSWER_LIMIT_S)
+    node = ssh_node(entry, answer_limit_s=ANSWER_LIMIT_S, term=options.term)
     try:
         facts = node.ask(StopServing(request.volume))
     except (NodeUnreachable, HostKeyChanged) as error:

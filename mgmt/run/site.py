@@ -43,6 +43,8 @@ class Site:
         self.catalog = Catalog(inventory.state_dir / "catalog.sqlite")
         self._authority: Authority | None = None
         self._nodes: dict[str, Node] = dict(nodes or {})
+        for node in self._nodes.values():
+            node.term = self.catalog.term
 
     def __enter__(self) -> Self:
         return self
@@ -68,7 +70,10 @@ class Site:
         if name not in self._nodes:
             inventory = self.inventory
             self._nodes[name] = ssh_node(
-                inventory.entry(name), connect_limit_s=inventory.connect_limit_s, answer_limit_s=inventory.answer_limit_s
+                inventory.entry(name),
+                connect_limit_s=inventory.connect_limit_s,
+                answer_limit_s=inventory.answer_limit_s,
+                term=self.catalog.term,
             )
         return self._nodes[name]
 
@@ -103,6 +108,26 @@ class Site:
             yield
         finally:
             os.close(descriptor)
+
+    def take_over(self) -> int:
+        """Put this management node in charge and return its term: above every agent's that answers; each is told at once.
+
+        NodeUnreachable if none answers: a term above those of nobody is no proof of anything. A node that is away obeys whoever reaches it
+        first. If we die here some have been told; taking over again goes above them.
+        """
+        terms, away = {}, []
+        for entry in self.inventory.node:
+            try:
+                terms[entry.name] = self.hello(entry.name).term
+            except NodeUnreachable as error:
+                away.append(error)
+        if not terms:
+            raise away[0] if away else ConfigInvalid("the inventory names no node")
+        self.catalog.set_term(max(self.catalog.term, *terms.values()) + 1)
+        for name in terms:
+            self.node(name).term = self.catalog.term
+            self.hello(name)
+        return self.catalog.term
 
     def evidence_folder(self, transfer: UUID) -> Path:
         """Return where a transfer's DMI and arrival record are kept: the management computer's own memory."""

@@ -15,11 +15,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import UUID, uuid4
 
+import pytest
+
 from agent.contract import messages as m
 from agent.contract.arrival import decode as decode_arrival
 from agent.contract.columns import identity
 from agent.contract.dmi import Dmi
-from agent.contract.errors import LandfallError
+from agent.contract.errors import LandfallError, StaleTerm
 from agent.contract.identity import FilesystemKind, GenerationId, GenerationKind
 from mgmt.determination import Policy, determine
 from tests.faults.case import SIZES, Case, check_salvaged, follow, images_equal, release, resume, served
@@ -334,6 +336,29 @@ def demote_dies(case: Case, point: str, differential: m.Differential) -> None:
         assert (opened / "unsent").read_bytes() == b"x" * 100_000
         nas1.ask(m.CloseGeneration(kept.id))
         _nothing_new(nas1)
+    finally:
+        nas1.kill()
+        release(nas1)
+
+
+def hearing_dies(case: Case, point: str, differential: m.Differential) -> None:
+    """NAS 1 dies when it hears of a higher term: nothing was done in it, and what it heard it knows or hears again."""
+    nas1, volume = case.fresh().nas1, case.base.volume
+    try:
+        nas1.start()
+        nas1.ask(m.ServeVolume(volume, 1))
+        nas1.kill()
+        nas1.start_armed(point)
+        nas1.term = 2
+        expect_death(nas1, lambda: nas1.ask(m.StopServing(volume)), point)
+        nas1.term = 1
+        nas1.start()
+        assert served(nas1, volume).serving
+        if point.partition("=")[0] == "term.after_record":
+            with pytest.raises(StaleTerm):
+                nas1.ask(m.StopServing(volume))
+            nas1.term = 2
+        assert not nas1.ask(m.StopServing(volume)).serving
     finally:
         nas1.kill()
         release(nas1)

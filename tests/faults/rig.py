@@ -80,6 +80,7 @@ class NodeProcess:
     folder: Path
     name: str
     process: multiprocessing.context.ForkServerProcess | None = field(default=None)
+    term: int = 1
 
     def start(self, **environment: str) -> None:
         """Start the agent; on return it answers."""
@@ -102,7 +103,7 @@ class NodeProcess:
         """Return the answer of the agent; its error is raised; OSError if it is gone."""
         with socket.socket(socket.AF_UNIX) as connection:
             connection.connect(_short(self.folder / "run" / "agent.sock"))
-            request = {"v": m.PROTOCOL, "id": 1, "verb": m.VERB_OF[type(arguments)], "args": m.to_document(arguments)}
+            request = {"v": m.PROTOCOL, "id": 1, "verb": m.VERB_OF[type(arguments)], "args": m.to_document(arguments), "term": self.term}
             connection.sendall(m.encode_line(request))
             with connection.makefile("rb") as answers:
                 while True:

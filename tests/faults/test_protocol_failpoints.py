@@ -148,6 +148,7 @@ FAILPOINTS: tuple[tuple[Phase, tuple[str, ...]], ...] = (
     (phases.discard_dies, DISCARD),
     (phases.serve_dies, SERVE),
     (phases.demote_dies, DEMOTE),
+    (phases.hearing_dies, ("term.before_record", "term.after_record")),
 )
 """Which agent, in which phase, dies at which failpoint (and at its which passing)."""
 

@@ -332,9 +332,12 @@ def test_F12_another_version_of_the_control_plane_is_refused(ext4_case: Case) ->
         connection.connect(str(pair.nas2.folder / "run/agent.sock"))
         answers = connection.makefile("rb")
         for request, code in (
-            ({"v": m.PROTOCOL + 1, "id": 1, "verb": "hello", "args": {}}, VersionUnknown.code),
-            ({"v": m.PROTOCOL, "id": 2, "verb": "hello", "args": {"more": 1}}, "request-refused"),
-            ({"v": m.PROTOCOL, "id": 3, "verb": "hello", "args": {}, "urgent": True}, "request-refused"),
+            ({"v": m.PROTOCOL + 1, "id": 1, "verb": "hello", "args": {}, "term": 1}, VersionUnknown.code),
+            ({"v": m.PROTOCOL, "id": 2, "verb": "hello", "args": {"more": 1}, "term": 1}, "request-refused"),
+            ({"v": m.PROTOCOL, "id": 3, "verb": "hello", "args": {}, "term": 1, "urgent": True}, "request-refused"),
+            ({"v": m.PROTOCOL, "id": 4, "verb": "hello", "args": {}}, "request-refused"),
+            ({"v": m.PROTOCOL, "id": 5, "verb": "hello", "args": {}, "term": -1}, "request-refused"),
+            ({"v": m.PROTOCOL, "id": 6, "verb": "hello", "args": {}, "term": True}, "request-refused"),
         ):
             connection.sendall(m.encode_line(request))
             answer = m.decode_line(answers.readline())

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from agent.contract import messages as m
-from agent.contract.errors import EpochStale, NoSuchGeneration, NotPrimary, RequestRefused, TransferBusy
+from agent.contract.errors import EpochStale, NoSuchGeneration, NotPrimary, RequestRefused, StaleTerm, TransferBusy
 from agent.contract.identity import FilesystemKind, GenerationKind
 from mgmt.authority import Authority
 from tests.faults.case import served
@@ -185,3 +185,19 @@ def test_I2_a_node_says_whether_it_can_reach_the_other(pair: Pair) -> None:
     for address, port, limit_s in (("nas1", 22, 1.0), ("127.0.0.1", 0, 1.0), ("127.0.0.1", 22, 1e9)):
         with pytest.raises(RequestRefused):
             pair.nas2.ask(m.ProbePeer(address, port, limit_s))
+
+
+def test_C8_C9_a_management_node_of_a_lower_term_may_look_and_nothing_else(pair: Pair) -> None:
+    """The second of two, or one whose catalog was restored from an old copy; the agent remembers across a restart."""
+    volume = pair.create("v", FilesystemKind.EXT4, SIZE[FilesystemKind.EXT4])
+    pair.nas1.term = 5
+    assert pair.nas1.ask(m.Hello()).term == 5, "taking over is heard at once"
+    for _ in range(2):
+        pair.nas1.term = 4
+        with pytest.raises(StaleTerm):
+            pair.nas1.ask(m.StopServing(volume))
+        assert served(pair.nas1, volume).serving
+        pair.nas1.kill()
+        pair.nas1.start()
+    pair.nas1.term = 5
+    assert not pair.nas1.ask(m.StopServing(volume)).serving

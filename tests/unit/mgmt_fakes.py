@@ -51,11 +51,12 @@ class FakeAgent:
     def __init__(self, name: str, handlers: dict[type[Any], Handler] | None = None) -> None:
         self.name = name
         self.handlers: dict[type[Any], Handler] = {
-            m.Hello: lambda _: m.NodeFacts(name, "0", m.PROTOCOL, True, ("reflink",)),
+            m.Hello: lambda _: m.NodeFacts(name, "0", m.PROTOCOL, True, ("reflink",), self.term),
             **(handlers or {}),
         }
         self.asked: list[Any] = []
         self.dead = False
+        self.term = 0
         self.opened = 0
         self._ends: list[socket.socket] = []
 
@@ -85,6 +86,7 @@ class FakeAgent:
         with end, end.makefile("rb") as lines:
             for line in lines:
                 request = json.loads(line)
+                self.term = max(self.term, request["term"])
                 arguments = m.from_document(request["args"], m.VERBS[request["verb"]][0])
                 self.asked.append(arguments)
                 try:

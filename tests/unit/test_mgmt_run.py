@@ -422,6 +422,20 @@ def test_I3_a_node_that_was_overtaken_while_it_was_away_is_not_served_from(pair:
         assert pair.nas1.said(m.ServeVolume) == []
 
 
+def test_C8_C9_taking_over_goes_above_every_agent_and_tells_them(pair: Pair) -> None:
+    with pair.site() as site:
+        run.add_volume(site, "projects", filesystem=FilesystemKind.XFS, size_bytes=1 << 30, primary="nas1", secondary="nas2")
+        assert (pair.nas1.term, pair.nas2.term) == (1, 1)
+        pair.nas2.term = 7  # somebody took over while we were away
+        assert site.take_over() == 8
+        assert (pair.nas1.term, pair.nas2.term) == (8, 8)
+    pair.nas1.dead = pair.nas2.dead = True
+    with pair.site() as site:
+        with pytest.raises(NodeUnreachable):
+            site.take_over()
+        assert site.catalog.term == 8
+
+
 def test_J10_names_that_are_not_plain_are_refused_before_anybody_is_asked(pair: Pair) -> None:
     with pair.site() as site:
         for name in ("x; rm -rf /", "$(id)", "--force", "-h", "a b", "a'b", "a\nb", "", "..", "é", "global", "Homes", "printers"):

@@ -1,9 +1,10 @@
 """The control plane: what the management node asks of an agent, and what an agent answers.
 
-One JSON object a line, over SSH to ``landfall-agent connect``. A request is ``{"v", "id", "verb", "args"}``. An answer to it is
+One JSON object a line, over SSH to ``landfall-agent connect``. A request is ``{"v", "id", "verb", "args", "term"}``. An answer to it is
 any number of ``{"id", "progress"}`` lines, then one of ``{"id", "error"}``, ``{"id", "result"}``, or a result with ``blob_bytes`` followed
 by that many raw bytes (DMI and arrival record can be hundreds of megabytes). Arguments and results are dataclasses, a module for each
-noun; unknown or missing keys are refused on both sides. A class's docstring begins with its verb.
+noun; unknown or missing keys are refused on both sides. ``term`` counts management nodes that took over: an agent obeys the highest that
+it has heard, and lets lower ones only look. A class's docstring begins with its verb.
 
 node         who answers, its health and devices, the path to its peer, its outbox
 generations  facts of them; take, drop, open, close; examine, digests, owners
@@ -101,6 +102,7 @@ from agent.contract.messages.volumes import (
 from agent.contract.messages.wire import MAX_LINE_BYTES, PROTOCOL, decode_line, encode_line, from_document, to_document
 
 __all__ = [
+    "LOOKING",
     "MAX_LINE_BYTES",
     "PROTOCOL",
     "VERBS",
@@ -214,5 +216,25 @@ VERBS: Final[dict[str, tuple[type[Any], type[Any]]]] = {
     "outbox.acknowledge": (AcknowledgeOutbox, Done),
 }
 """Every verb with the types of its arguments and of its result."""
+
+LOOKING: Final = frozenset(
+    {
+        "hello",
+        "node.health",
+        "path.open",
+        "path.try",
+        "devices",
+        "volume.list",
+        "generation.examine",
+        "generation.digests",
+        "generation.owners",
+        "transfer.list",
+        "transfer.dmi",
+        "transfer.arrival",
+        "peer.probe",
+        "outbox.read",
+    }
+)
+"""Verbs that change nothing: a management node of a lower term may use them."""
 
 VERB_OF: Final = {arguments: verb for verb, (arguments, _) in VERBS.items()}

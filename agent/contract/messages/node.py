@@ -20,6 +20,7 @@ class NodeFacts:
     protocol: int
     lab: bool
     substrates: tuple[str, ...]
+    term: int = 0  # the highest that a management node named
 
 
 @dataclass(frozen=True, slots=True)
