@@ -456,7 +456,7 @@ class Catalog:
 
     def set_term(self, number: int) -> None:
         """Order in another term from now on."""
-        with self._change() as db:
+        with self.change() as db:
             db.execute("UPDATE term SET number = ?", (number,))
 
     # --- the file ---
