@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agent.contract.arrival import ArrivalRecord, Arrived
-from agent.contract.closure import counted_pieces, needed_pieces
-from agent.contract.dmi import U8, U32, U64, Change, Dmi
+from agent.contract.closure import counted_pieces, needed_pieces, pieces_of
+from agent.contract.dmi import U8, U32, Change, Dmi
 from agent.contract.errors import RecordMalformed
 from agent.contract.identity import BLOCK_BYTES
 from agent.contract.messages import Deletions, Outcome
@@ -171,7 +171,7 @@ def gauge(dmi: Dmi, arrival: ArrivalRecord) -> Gauge:
     needed, arrived, base_differs = _closure(dmi, arrival)
     judged = ~(_has(dmi, Change.DELETED) | _has(dmi, Change.NAMELESS))
     whole = judged & (arrived == needed) & ~base_differs
-    return Gauge(int(np.count_nonzero(whole)), int(np.count_nonzero(judged)), _bytes_of(dmi, needed, whole), _bytes_of(dmi, needed, judged))
+    return Gauge(int(np.count_nonzero(whole)), int(np.count_nonzero(judged)), _bytes_of(dmi, whole), _bytes_of(dmi, judged))
 
 
 def _closure(dmi: Dmi, arrival: ArrivalRecord) -> tuple[U32, U32, Mask]:
@@ -264,12 +264,9 @@ def _as_expression(pattern: bytes) -> bytes:
     return b"".join(words.get(part, re.escape(part)) for part in re.split(rb"(\*\*/|\*\*|\*|\?)", pattern) if part)
 
 
-def _bytes_of(dmi: Dmi, needed: U32, files: Mask) -> int:
+def _bytes_of(dmi: Dmi, files: Mask) -> int:
     """Return the bytes of the pieces that ``files`` need, each counted once."""
-    wanted = np.zeros(dmi.piece_total, dtype=np.bool_)
-    wanted[dmi.need[np.repeat(files, needed)]] = True
-    blocks: U64 = np.where(wanted, dmi.block_count, 0).astype(np.uint64)
-    return int(blocks.sum()) * BLOCK_BYTES
+    return int(dmi.block_count.sum(dtype=np.uint64, where=pieces_of(dmi, files))) * BLOCK_BYTES
 
 
 _CODE: Final = {outcome: number for number, outcome in enumerate(OUTCOMES)}

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,9 @@ from hypothesis.database import DirectoryBasedExampleDatabase
 
 ROOT = Path(__file__).resolve().parent.parent
 NEEDS_ROOT = ("storage", "lab", "faults")
+DEVICE_MAPPER = Path("/sys/class/misc/device-mapper")
+IN_GUEST = "LANDFALL_IN_GUEST" in os.environ
+DESELECTED = pytest.StashKey[int]()
 
 # A shell that runs us in the background makes us ignore Ctrl-C, and so would every program under test.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -19,10 +23,31 @@ settings.register_profile("landfall", deadline=None, database=DirectoryBasedExam
 settings.load_profile("landfall")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips, where the run is not root's, the tests that make loop devices, mounts and namespaces."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out what this kernel has no device-mapper for; skips, where the run is not root's, what makes devices and mounts."""
+    if not DEVICE_MAPPER.exists():
+        left = [item for item in items if item.get_closest_marker("device_mapper")]
+        config.stash[DESELECTED] = len(left)
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if item not in set(left)]
     if os.geteuid() == 0:
         return
     for item in items:
         if item.path.parent.name in NEEDS_ROOT:
             item.add_marker(pytest.mark.skip(reason="makes loop devices and mounts, which takes root"))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Says in one line what was left out, and where it runs."""
+    if left := config.stash.get(DESELECTED, 0):
+        terminalreporter.write_line(f"{left} tests need device-mapper, which this kernel has not: `make vm-test` runs them in a guest")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Lets nothing be skipped in the guest, which is there so that everything can run."""
+    report = yield
+    if IN_GUEST and report.skipped and not hasattr(report, "wasxfail"):
+        report.outcome = "failed"
+        report.longrepr = f"{item.nodeid} was skipped in the guest: {report.longrepr}"
+    return report

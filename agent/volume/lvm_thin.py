@@ -541,6 +541,8 @@ class LvmThinSubstrate:
         lock_fd = os.open(_LOCKS / f"landfall-{self.group.uuid}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
             fcntl.flock(lock_fd, fcntl.LOCK_EX)
+            # Whoever of ours changes the group has this lock, so a pool that stays suspended is what a killed program of LVM's left.
+            mapper.resume_left(lvm.dm_uuid(self.group, self.pool_volume.uuid, "tpool"))
             yield
         finally:
             os.close(lock_fd)

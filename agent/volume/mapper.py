@@ -98,6 +98,14 @@ def by_identity(identity: str) -> Path | None:
     return found[0] if found else None
 
 
+def resume_left(identity: str) -> None:
+    """Resume a device that stays suspended: until then it takes no reader, no writer and no new volume."""
+    device = by_identity(identity)
+    if device is None or not _suspended(device) or wait_until(lambda: not _suspended(device), _GRACE_S):
+        return
+    dmsetup(["resume", (_SYS / device.name / "dm" / "name").read_text().strip()])
+
+
 def pool_status(pool: Path) -> PoolStatus:
     """Return the status of a thin pool (Documentation/admin-guide/device-mapper/thin-provisioning.rst); DeviceFailed if it has failed."""
     text = dmsetup(["status", str(pool)]).text.strip()
@@ -128,6 +136,13 @@ def dmsetup(arguments: list[str]) -> Output:
 
 def _devices(prefix: str) -> list[Path]:
     return [Path("/dev") / folder.name for folder in _SYS.glob("dm-*") if _identity(folder).startswith(prefix)]
+
+
+def _suspended(device: Path) -> bool:
+    try:
+        return (_SYS / device.name / "dm" / "suspended").read_text().strip() == "1"
+    except OSError:
+        return False
 
 
 def _identity(folder: Path) -> str:

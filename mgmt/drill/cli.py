@@ -15,6 +15,7 @@ from agent.contract.errors import DrillFailed
 from agent.contract.identity import FilesystemKind
 from agent.contract.messages import Differential
 from mgmt.drill.options import MIB, Kill, LabKind, Options
+from mgmt.lab.layout import LabSubstrate
 from mgmt.sizes import Size
 
 if TYPE_CHECKING:
@@ -43,7 +44,10 @@ class _Share(click.ParamType[float]):
 
 @click.command()
 @click.option("--lab", type=click.Choice([kind.value for kind in LabKind]), default="local", show_default=True, help="Where it is held.")
-@click.option("--substrate", type=click.Choice(VM_SUBSTRATES), help="Refuse a VM lab that was provisioned with another.")
+@click.option(
+    "--substrate", type=click.Choice(VM_SUBSTRATES),
+    help="What volumes are kept on; the local lab's lvm-* take a kernel with device-mapper. [default: reflink; what the VM lab has]",
+)  # fmt: skip
 @click.option("--fs", "filesystem", type=click.Choice([kind.value for kind in FilesystemKind]), default="ext4", show_default=True)
 @click.option("--at", type=_Share(), default=0.5, show_default=True, help="Kill after this share of the transfer's bytes.")
 @click.option("--kill", type=click.Choice([kind.value for kind in Kill]), help="What dies. [default: agent; in the VM lab, node]")
@@ -78,8 +82,8 @@ def drill(
     from mgmt.view import table
 
     on_machines, xfs = LabKind(lab) is LabKind.VM, FilesystemKind(filesystem) is FilesystemKind.XFS
-    if substrate and not on_machines:
-        raise click.UsageError("the local lab's substrate is reflink; --substrate belongs to --lab vm")
+    if not on_machines and substrate and substrate not in set(LabSubstrate):
+        raise click.UsageError(f"the local lab cannot have the substrate {substrate}")
     if on_machines and kill not in {None, "node"}:
         raise click.UsageError("in the VM lab it is the node that dies")
     usual = (20_000, 2048 * MIB, 2_000, 0) if not on_machines else (1_500, (320 if xfs else 256) * MIB, 300, MIB)

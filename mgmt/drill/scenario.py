@@ -13,7 +13,6 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Final
 from uuid import UUID
@@ -28,7 +27,7 @@ from agent.system.clock import monotonic_s, wall_ns
 from mgmt import run as operations
 from mgmt.drill import evidence, workload
 from mgmt.drill.course import Course
-from mgmt.drill.disks import image_in, pool_of, within_node
+from mgmt.drill.disks import frozen_on, within_node
 from mgmt.drill.evidence import Evidence, Findings
 from mgmt.drill.options import MIB, Kill, Options
 from mgmt.drill.report import keep
@@ -38,7 +37,7 @@ from mgmt.failover.driver import failover
 from mgmt.failover.plan import Wish
 from mgmt.inventory import Inventory, read_inventory
 from mgmt.lab import control, lifecycle
-from mgmt.lab.layout import NAMESPACES, NODE_ROOT, Lab, NodeName
+from mgmt.lab.layout import NAMESPACES, NODE_ROOT, Lab, LabSubstrate, NodeName
 from mgmt.lab.namespace import enter
 from mgmt.lab.proxy import Action, Direction, Endpoint, Event, Proxy, Trigger
 from mgmt.report import LossStatement
@@ -65,7 +64,7 @@ class Drill:
         try:
             with self.stage.step("lab: three nodes, their pools and their agents"):
                 lifecycle.down(self.lab)
-                lifecycle.up(self.lab)
+                lifecycle.up(self.lab, substrate=LabSubstrate(self.options.substrate))
             with self._stack:
                 self._play()
         finally:
@@ -157,10 +156,10 @@ class Drill:
         self.stage.say(f"  {done.sent.pieces_skipped:,} pieces had arrived before, {done.sent.pieces_sent:,} were sent")
         with (
             self.stage.step("check: both images, block by block"),
-            pool_of(self.lab, NodeName.NAS1) as source,
-            pool_of(self.lab, NodeName.NAS2) as copy,
+            frozen_on(self.lab, NodeName.NAS1) as source,
+            frozen_on(self.lab, NodeName.NAS2) as copy,
         ):
-            if not evidence.generations_equal(image_in(source, done.target), image_in(copy, done.target)):
+            if not evidence.generations_equal(source(done.target), copy(done.target)):
                 raise DrillFailed("after a resume the volume on nas2 is not the one on nas1")
         if done.sent.pieces_skipped != recorded:
             raise DrillFailed(f"{recorded} pieces were recorded as arrived, and {done.sent.pieces_skipped} were not sent again")
@@ -185,11 +184,11 @@ class Drill:
     def _check(self, site: operations.Site, statement: LossStatement) -> Findings:
         files = site.evidence_folder(statement.transfer)
         namespace = NAMESPACES / self.lab.namespace(NodeName.MGMT)
-        with pool_of(self.lab, NodeName.NAS1) as source:
+        with frozen_on(self.lab, NodeName.NAS1) as source:
             return evidence.check(
                 Evidence(
-                    base=image_in(source, statement.base),
-                    target=image_in(source, statement.target),
+                    base=source(statement.base),
+                    target=source(statement.target),
                     filesystem=self.options.filesystem,
                     result=self._served(NodeName.NAS2),
                     dmi=files / "dmi",
@@ -295,8 +294,8 @@ class _Interruption:
         self._taken()
         self.transfer = transfer
         raw = self._site.node(NodeName.NAS1).fetch(m.FetchDmi(transfer))
-        with pool_of(self._drill.lab, NodeName.NAS1) as pool:
-            self._expected = len(raw) + expected_bytes(Dmi.decode(raw), partial(image_in, pool), self._drill.options.differential)
+        with frozen_on(self._drill.lab, NodeName.NAS1) as image_of:
+            self._expected = len(raw) + expected_bytes(Dmi.decode(raw), image_of, self._drill.options.differential)
 
     def _route(self, address: str, port: int) -> tuple[str, int]:
         """Put the proxy on NAS 2's own address, so that cutting the link cuts what leads to it."""

@@ -6,6 +6,7 @@ namespace  doing something inside a network namespace, from a thread
 network    namespaces, switch and links
 enrolment  keys, pinned host keys, the configuration files of the nodes
 loops      loop devices, found by the identity of the file behind them
+groups     volume groups of the nodes, and what device-mapper has made of their disks
 furnish    making new namespaces into a machine of their own
 node       what runs as a node's first process
 control    asking a node's first process for something

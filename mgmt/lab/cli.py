@@ -14,7 +14,7 @@ from click.core import ParameterSource
 
 from agent.contract.errors import LandfallError
 from mgmt.lab import lifecycle
-from mgmt.lab.layout import DEFAULT_DIRECTORY, Lab, NodeName, PoolFilesystem
+from mgmt.lab.layout import DEFAULT_DIRECTORY, Lab, LabSubstrate, NodeName, PoolFilesystem
 from mgmt.lab.lifecycle import DEFAULT_POOL_BYTES, LabStatus, Outcome
 from mgmt.sizes import Size
 
@@ -50,11 +50,15 @@ def lab() -> None:
 @directory_option
 @json_option
 @click.option("--pool-fs", type=click.Choice([kind.value for kind in PoolFilesystem]), default="xfs", show_default=True)
-@click.option("--pool-size", type=Size(), default=DEFAULT_POOL_BYTES, help="Size of each NAS node's pool, sparse [12G].")
+@click.option("--pool-size", type=Size(), default=DEFAULT_POOL_BYTES, help="Size of each NAS node's pool or volume group, sparse [12G].")
+@click.option(
+    "--substrate", type=click.Choice([kind.value for kind in LabSubstrate]), default="reflink", show_default=True,
+    help="What volumes are kept on; lvm-* take a kernel with device-mapper.",
+)  # fmt: skip
 @click.option("--bare", is_flag=True, help="Start no agents.")
-def up(directory: Path, as_json: bool, pool_fs: str, pool_size: int, bare: bool) -> None:
+def up(directory: Path, as_json: bool, pool_fs: str, pool_size: int, substrate: str, bare: bool) -> None:
     """Make the lab, or start what of it does not run."""
-    outcome = lifecycle.up(Lab.at(directory), PoolFilesystem(pool_fs), pool_size, agents=not bare)
+    outcome = lifecycle.up(Lab.at(directory), PoolFilesystem(pool_fs), pool_size, agents=not bare, substrate=LabSubstrate(substrate))
     _report(outcome, "The lab is up.", "The lab is up already.", as_json)
 
 
@@ -124,6 +128,15 @@ def heal(one: str, other: str, directory: Path, as_json: bool) -> None:
     _report(outcome, f"{one} and {other} are connected.", f"{one} and {other} were connected already.", as_json)
 
 
+@lab.command()
+@directory_option
+def inventory(directory: Path) -> None:
+    """Print the nodes as an Ansible inventory, for the tag `configuration` of playbooks/provision.yml."""
+    from mgmt.lab import ansible
+
+    click.echo(ansible.inventory(Lab.at(directory)))
+
+
 @lab.command(name="exec", context_settings={"ignore_unknown_options": True})
 @directory_option
 @click.argument("node", type=NODE)
@@ -142,7 +155,7 @@ def _refuse_same(one: str, other: str) -> None:
 def _status_lines(found: LabStatus) -> list[str]:
     if found.marker is None:
         return [f"{found.directory}: no lab"]
-    lines = [f"{found.directory}: {'up' if found.up else 'not complete'}, pools on {found.marker.pool_fs}"]
+    lines = [f"{found.directory}: {'up' if found.up else 'not complete'}, {found.marker.substrate}, pools on {found.marker.pool_fs}"]
     for node in found.nodes:
         services = ", ".join(f"{service.name} {'runs' if service.pid else 'does not run'}" for service in node.services)
         state = f"pid {node.pid}, {services}" if node.pid else "dead"

@@ -12,6 +12,8 @@ Paths in these files are as a node sees them: its own folder is /run/landfall/no
     mount_dir = "/run/landfall/node/srv"        # where served volumes are mounted
     replication_address = "10.77.0.11"          # where the data plane listens
     lab = true                                  # allows what only a lab may do
+    substrate = "lvm-thin"                      # these two on a volume group only: the volumes are then in the group,
+    volume_group = "landfall-nas1"              # and nothing but the state on the pool
 
 `etc/landfall.toml` of the management node, whose relative paths start from the file's own folder, so that it reads the same
 inside the node (/run/landfall/node/etc/landfall.toml) and outside (LAB/mgmt/etc/landfall.toml)::
@@ -41,7 +43,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
 from agent.system.files import write_durably
-from mgmt.lab.layout import NAS_NODES, NODE_ROOT, Lab, NodeName
+from mgmt.lab.layout import NAS_NODES, NODE_ROOT, Lab, LabSubstrate, NodeName
 
 SSH_PORT = 22
 AGENT_SOCKET = Path("/run/landfall/agent.sock")
@@ -70,7 +72,7 @@ def agent_program() -> Path:
     return Path(sys.executable).parent / "landfall-agent"
 
 
-def enrol(lab: Lab) -> None:
+def enrol(lab: Lab, substrate: LabSubstrate = LabSubstrate.REFLINK) -> None:
     """Write the folders, keys and configuration of all nodes."""
     host_keys = {node: KeyPair.generate() for node in NodeName}
     for node in NodeName:
@@ -90,7 +92,7 @@ def enrol(lab: Lab) -> None:
         key = KeyPair.generate()
         write_durably(keys / node, key.private)
         write_durably(lab.node(node) / "etc" / "authorized_keys", _authorized(key).encode())
-        write_durably(lab.node(node) / "etc" / "agent.toml", _agent_toml(node).encode())
+        write_durably(lab.node(node) / "etc" / "agent.toml", _agent_toml(lab, node, substrate).encode())
     inventory = _landfall_toml(lab, {node: host_keys[node].public for node in NAS_NODES})
     write_durably(lab.node(NodeName.MGMT) / "etc" / "landfall.toml", inventory.encode())
 
@@ -121,7 +123,8 @@ ClientAliveCountMax 3
 """
 
 
-def _agent_toml(node: NodeName) -> str:
+def _agent_toml(lab: Lab, node: NodeName, substrate: LabSubstrate) -> str:
+    on_group = f'substrate = "{substrate}"\nvolume_group = "{lab.volume_group(node)}"\n'
     return f"""\
 node = "{node}"
 state_dir = "{NODE_ROOT}/pool/state"
@@ -131,7 +134,7 @@ socket = "{AGENT_SOCKET}"
 mount_dir = "{NODE_ROOT}/srv"
 replication_address = "{node.address}"
 lab = true
-"""
+{on_group if substrate is not LabSubstrate.REFLINK else ""}"""
 
 
 def _landfall_toml(lab: Lab, host_keys: dict[NodeName, str]) -> str:

@@ -9,11 +9,13 @@ from __future__ import annotations
 import os
 import socket
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from agent.contract.errors import CommandFailed, LabMissing
 from agent.system.run import run
+from mgmt.lab import groups
 from mgmt.lab.layout import NODE_ROOT, Lab, Marker, NodeName, PoolFilesystem
 from mgmt.lab.loops import POOL_DEVICE, backed_by, wait_until_released
 
@@ -22,8 +24,11 @@ SYSTEM_TREES = ("/proc", "/sys", "/dev", "/etc")
 POOL_RELEASE_S = 20.0
 
 
-def furnish(lab: Lab, node: NodeName, marker: Marker) -> None:
-    """Give the node its name, its own /run and folder, and nothing of the other nodes; mount its pool."""
+def furnish(lab: Lab, node: NodeName, marker: Marker, held: ExitStack) -> None:
+    """Give the node its name, its own /run and folder, and nothing of the other nodes; mount its pool, attach its disk.
+
+    The disk stays attached for as long as ``held`` lives, and as anything stands on it.
+    """
     socket.sethostname(node)
     os.chdir("/")
     code = [Path(sys.prefix), Path(sys.base_prefix), Path(__file__).resolve().parents[2]]
@@ -40,6 +45,9 @@ def furnish(lab: Lab, node: NodeName, marker: Marker) -> None:
     image = NODE_ROOT / "pool.img"
     if image.exists():
         _mount_pool(image, NODE_ROOT / "pool", marker.pool_fs)
+    disk = NODE_ROOT / "disk.img"
+    if disk.exists():
+        held.enter_context(_own_disk(disk))
 
 
 def _detach_foreign_mounts(needed: Iterable[Path]) -> None:
@@ -89,13 +97,29 @@ def _unlock_root() -> None:
     _bind_over(own, shadow)
 
 
-def _mount_pool(image: Path, target: Path, filesystem: PoolFilesystem) -> None:
-    """Mount the pool through a loop device with direct I/O; two loop devices on one pool would destroy it, so wait for the old."""
+@contextmanager
+def _own_disk(image: Path) -> Iterator[None]:
+    """Attach the node's disk, and let LVM on this node see no other."""
+    _refuse_in_use(image)
+    with groups.attached(image) as disk:
+        Path("/run/lock").mkdir(mode=0o1777, exist_ok=True)
+        _cover(groups.SETTINGS.parent, "mode=755,size=1m")
+        groups.SETTINGS.write_text(groups.settings(disk), encoding="ascii")
+        yield
+
+
+def _refuse_in_use(image: Path) -> None:
+    """Wait for the old loop device of an image: two on one image would destroy it."""
     if not wait_until_released(image, POOL_RELEASE_S):
         raise LabMissing(
-            f"the pool {image.name} is still in use by {', '.join(loop.path for loop in backed_by(image))}",
+            f"the disk {image.name} is still in use by {', '.join(loop.path for loop in backed_by(image))}",
             fix="`landfall lab kill NODE`, then `landfall lab start NODE`.",
         )
+
+
+def _mount_pool(image: Path, target: Path, filesystem: PoolFilesystem) -> None:
+    """Mount the pool through a loop device with direct I/O."""
+    _refuse_in_use(image)
     loop = run(["losetup", "--find", "--show", "--direct-io=on", str(image)]).text.strip()
     options = "nodatacow" if filesystem is PoolFilesystem.BTRFS else "defaults"
     try:

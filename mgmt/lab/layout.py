@@ -50,6 +50,13 @@ class PoolFilesystem(StrEnum):
     BTRFS = "btrfs"
 
 
+class LabSubstrate(StrEnum):
+    """What the nodes' agents keep volumes on: images in the pool, or a volume group on a disk of the node's own."""
+
+    REFLINK = "reflink"
+    LVM_THIN = "lvm-thin"
+
+
 @dataclass(frozen=True, slots=True)
 class Marker:
     """What `up` was asked for (without agents, theirs are started by hand only); `complete` once it ended well."""
@@ -58,6 +65,7 @@ class Marker:
     pool_size_bytes: int
     agents: bool
     complete: bool
+    substrate: LabSubstrate = LabSubstrate.REFLINK
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +113,14 @@ class Lab:
         """Return the file that holds a node's pool."""
         return self.node(node) / "pool.img"
 
+    def disk_image(self, node: NodeName) -> Path:
+        """Return the file that holds a node's volume group."""
+        return self.node(node) / "disk.img"
+
+    def volume_group(self, node: NodeName) -> str:
+        """Return the name of a node's volume group; such names are the machine's, so they tell labs apart."""
+        return f"{self.prefix}-{node}"
+
     @property
     def marker_path(self) -> Path:
         """The file that makes a directory a lab."""
@@ -119,7 +135,13 @@ class Lab:
         """Return the marker, None where there is no lab; NotOurs for a directory with something else in it."""
         try:
             document = json.loads(self.marker_path.read_bytes())
-            return Marker(PoolFilesystem(document["pool_fs"]), document["pool_size_bytes"], document["agents"], document["complete"])
+            return Marker(
+                PoolFilesystem(document["pool_fs"]),
+                document["pool_size_bytes"],
+                document["agents"],
+                document["complete"],
+                LabSubstrate(document.get("substrate", LabSubstrate.REFLINK)),
+            )
         except FileNotFoundError:
             if self.directory.is_dir() and any(self.directory.iterdir()):
                 raise NotOurs(f"{self.directory} is not empty and carries no marker {MARKER}") from None

@@ -19,16 +19,18 @@ from agent.contract.errors import KernelLacks, LabMissing, NotRoot
 from agent.system.clock import wait_until
 from agent.system.failpoint import failpoint
 from agent.system.run import run, start
-from mgmt.lab import control, network, processes, remains
+from mgmt.lab import control, groups, network, processes, remains
 from mgmt.lab.control import ServiceStatus
 from mgmt.lab.cuts import Pair, pair, read_cuts, write_cuts
 from mgmt.lab.enrolment import enrol
-from mgmt.lab.layout import NAS_NODES, Lab, Marker, NodeName, PoolFilesystem
+from mgmt.lab.layout import NAS_NODES, Lab, LabSubstrate, Marker, NodeName, PoolFilesystem
 
 if TYPE_CHECKING:
     from subprocess import Popen
 
 DEFAULT_POOL_BYTES = 12 << 30
+STATE_BYTES = 1 << 30
+"""Size of a pool that holds no volumes, only what the agent remembers."""
 START_S = 30.0
 
 
@@ -71,6 +73,7 @@ def up(
     pool_size_bytes: int = DEFAULT_POOL_BYTES,
     *,
     agents: bool = True,
+    substrate: LabSubstrate = LabSubstrate.REFLINK,
 ) -> Outcome:
     """Guarantee that the lab is up and every service of it can be spoken to.
 
@@ -78,21 +81,27 @@ def up(
     not run. On any failure, Ctrl-C included, a lab that was being made is taken down again.
     """
     _require_kernel()
+    groups.require(substrate)
     with _alone(lab):
         if (marker := lab.read_marker()) is not None and marker.complete and network.present(lab):
             missing = [node for node in NodeName if processes.first_process(lab, node) is None]
             _boot(lab, missing)
             return Outcome.DONE if missing else Outcome.ALREADY
         remains.clear_content(lab)
-        marker = Marker(pool_fs, pool_size_bytes, agents, complete=False)
+        if substrate is not LabSubstrate.REFLINK:
+            for node in NAS_NODES:
+                groups.refuse_taken(lab, node)
+        marker = Marker(pool_fs, pool_size_bytes, agents, complete=False, substrate=substrate)
         try:
             lab.write_marker(marker)
             failpoint("lab.marked")
             network.create(lab)
             failpoint("lab.network")
-            enrol(lab)
+            enrol(lab, substrate)
             for node in NAS_NODES:
                 _make_pool(lab, node, marker)
+                if substrate is not LabSubstrate.REFLINK:
+                    groups.make(lab, node, pool_size_bytes)
             failpoint("lab.disks")
             _boot(lab, list(NodeName))
             failpoint("lab.booted")
@@ -183,7 +192,8 @@ def _alone(lab: Lab) -> Iterator[None]:
 
 def _make_pool(lab: Lab, node: NodeName, marker: Marker) -> None:
     image = str(lab.pool_image(node))
-    run(["truncate", "--size", str(marker.pool_size_bytes), image])
+    size_bytes = marker.pool_size_bytes if marker.substrate is LabSubstrate.REFLINK else STATE_BYTES
+    run(["truncate", "--size", str(size_bytes), image])
     if marker.pool_fs is PoolFilesystem.XFS:
         run(["mkfs.xfs", "-q", "-m", "reflink=1", "-L", "landfall", image])
     else:

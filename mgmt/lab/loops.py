@@ -96,7 +96,7 @@ def release(images: Iterable[Path], limit_s: float = 20.0) -> None:
 
     def pushed() -> bool:
         for loop in (stuck := left()):
-            thaw(loop)
+            thaw(loop.path)
             run(["losetup", "--detach", loop.path], ok=(0, 1))
         return not stuck
 
@@ -104,14 +104,14 @@ def release(images: Iterable[Path], limit_s: float = 20.0) -> None:
         raise LabMissing(f"loop devices stay attached: {', '.join(loop.path for loop in left())}")
 
 
-def thaw(loop: Loop) -> None:
-    """Thaw the filesystem on a loop device if it is mounted somewhere, be it in a namespace that nobody can reach."""
-    name = Path(loop.path).name
+def thaw(device: str) -> None:
+    """Thaw the filesystem on a device if it is mounted somewhere, be it in a namespace that nobody can reach."""
+    name = Path(device).name
     kind = next((kind for kind in ("ext4", "xfs") if Path("/sys/fs", kind, name).exists()), None)
     if kind is None:
         return
     with tempfile.TemporaryDirectory(prefix="landfall-thaw-") as point, contextlib.suppress(CommandFailed):
-        run(["mount", "-t", kind, loop.path, point])
+        run(["mount", "-t", kind, device, point])
         try:
             run(["fsfreeze", "--unfreeze", point], ok=(0, 1))
         finally:

@@ -74,8 +74,9 @@ def main() -> None:
     marker = lab.read_marker()
     if marker is None or os.getpid() != 1:
         raise LabMissing(f"{lab.directory} is no lab, or this is not a node's first process")
-    furnish(lab, arguments.node, marker)
-    asyncio.run(_serve(_services(arguments.node), started={"sshd", "agent"} if marker.agents else {"sshd"}))
+    with contextlib.ExitStack() as held:
+        furnish(lab, arguments.node, marker, held)
+        asyncio.run(_serve(_services(arguments.node), started={"sshd", "agent"} if marker.agents else {"sshd"}))
 
 
 def _services(node: NodeName) -> list[Service]:

@@ -26,7 +26,7 @@ Teller = Callable[[str, Progress], None]
 Knock = Callable[[str, int, float], bool]
 """Whether a machine answers at an address and port, within seconds."""
 
-HELLO_LIMIT_S = 10.0
+HELLO_LIMIT_S = 20.0
 
 
 def nobody(node: str, progress: Progress) -> None:

@@ -12,8 +12,10 @@ import pytest
 
 from agent.contract.identity import FilesystemKind
 from mgmt.authority import Authority
+from tests.faults import thin
 from tests.faults.case import Case, prepare
-from tests.faults.rig import Pool, pool
+from tests.faults.rig import Pair, Pool, pool
+from tests.faults.thin import ThinCase
 
 FILES = 300
 
@@ -47,6 +49,28 @@ def xfs_case(authority: Authority) -> Iterator[Case]:
     """Yield a differential on XFS, on pools of its own."""
     with two_pools() as pools:
         yield prepare(FilesystemKind.XFS, *pools, authority, files=FILES, seed=12)
+
+
+@pytest.fixture(scope="session")
+def thin_case(authority: Authority) -> Iterator[ThinCase]:
+    """Yield a differential on two volume groups."""
+    folder = Path(tempfile.mkdtemp(prefix="lf-"))
+    try:
+        made = thin.prepare(folder, authority)
+        yield made
+        thin.end(None, made)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def thin_pair(thin_case: ThinCase) -> Iterator[Pair]:
+    """Yield both nodes on volume groups, as they are before the transfer, not running."""
+    pair = thin_case.fresh()
+    try:
+        yield pair
+    finally:
+        thin.end(pair, thin_case)
 
 
 @pytest.fixture(params=[FilesystemKind.EXT4, FilesystemKind.XFS], ids=str)

@@ -47,7 +47,7 @@ def _die_with_the_test_run() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _serve(folder: str, name: str, environment: dict[str, str]) -> None:
+def _serve(folder: str, name: str, volume_group: str, environment: dict[str, str]) -> None:
     from agent.config import Config
     from agent.daemon import serve
 
@@ -69,6 +69,8 @@ def _serve(folder: str, name: str, environment: dict[str, str]) -> None:
             mount_dir=root / "srv",
             smb_port=0,
             lab=True,
+            substrate="lvm-thin" if volume_group else "reflink",
+            volume_group=volume_group,
         )
     )
 
@@ -80,12 +82,14 @@ class NodeProcess:
     folder: Path
     name: str
     process: multiprocessing.context.ForkServerProcess | None = field(default=None)
+    volume_group: str = ""  # where the volumes are; without, in the folder
+    environment: dict[str, str] = field(default_factory=dict)  # of every agent on this folder
     term: int = 1
 
     def start(self, **environment: str) -> None:
         """Start the agent; on return it answers."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        process = FORKS.Process(target=_serve, args=(str(self.folder), self.name, environment))
+        process = FORKS.Process(target=_serve, args=(str(self.folder), self.name, self.volume_group, {**self.environment, **environment}))
         process.start()
         self.process = process
         until = time.monotonic() + ANSWER_S
@@ -143,7 +147,9 @@ class NodeProcess:
     def die_at_start(self, *points: str) -> None:
         """Start the agent, which dies by a failpoint before it answers."""
         self._trace.unlink(missing_ok=True)
-        process = FORKS.Process(target=_serve, args=(str(self.folder), self.name, self._armed(points)))
+        process = FORKS.Process(
+            target=_serve, args=(str(self.folder), self.name, self.volume_group, {**self.environment, **self._armed(points)})
+        )
         process.start()
         self.process = process
         self.died_by(points[-1])

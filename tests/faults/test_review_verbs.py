@@ -264,7 +264,7 @@ def test_two_agents_never_work_on_one_state(pair: Pair) -> None:
 def serve_quietly(folder: str, name: str) -> None:
     from tests.faults.rig import _serve
 
-    _serve(folder, name, {})
+    _serve(folder, name, "", {})
 
 
 def test_a_transfer_of_a_volume_that_is_gone_does_not_keep_the_agent_from_starting(pair: Pair) -> None:

@@ -16,6 +16,8 @@ from agent.volume.reflink import ReflinkSubstrate
 from tests.storage.salvage_scene import Scene
 from tests.storage.volume_groups import thin_group
 
+pytestmark = pytest.mark.device_mapper
+
 
 class ThinScene(Scene):
     """A scene on a volume group, whose name stands for the pool's path."""

@@ -18,7 +18,9 @@ from agent.volume import filesystem, lvm, mapper
 from agent.volume.lvm_thin import Limits, LvmThinSubstrate
 from agent.volume.substrate import Workspace, WorkspaceKind
 from tests.storage.conformance import Bench, Call, block_of, blocks_of, facts_after, in_child, read, record, taken, write
-from tests.storage.volume_groups import needs_device_mapper, thin_group
+from tests.storage.volume_groups import thin_group
+
+pytestmark = pytest.mark.device_mapper
 
 POOL_BYTES = 160 << 20
 
@@ -51,7 +53,6 @@ def test_a_group_without_the_tag_is_not_touched(tmp_path: Path) -> None:
 
 
 def test_a_group_that_is_not_there_is_refused() -> None:
-    needs_device_mapper()
     with pytest.raises(NotOurs):
         LvmThinSubstrate("landfall-not-there")
 

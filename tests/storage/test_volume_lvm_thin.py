@@ -16,6 +16,8 @@ from agent.volume.substrate import Substrate
 from tests.storage.conformance import Bench, SubstrateConformance, record
 from tests.storage.volume_groups import thin_group
 
+pytestmark = pytest.mark.device_mapper
+
 
 @pytest.fixture(scope="module")
 def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:

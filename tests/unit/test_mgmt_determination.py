@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from fnmatch import fnmatchcase
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from agent.contract import closure
 from agent.contract.dmi import Change, Dmi, Side
 from agent.contract.errors import RecordMalformed
 from agent.contract.messages import Deletions, Outcome
@@ -16,6 +18,15 @@ from tests.unit.mgmt_dmis import File, arrived, make
 
 PIECES = 12
 ALL = 3
+
+
+@pytest.fixture(params=[1, 5, 1 << 22], ids=lambda needs: f"{needs} at once", autouse=True, scope="module")
+def needs_at_once(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A differential is looked at in parts; where they end must not matter."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(closure, "_NEEDS_AT_ONCE", request.param)
+        yield
+
 
 changes = st.sampled_from(
     [

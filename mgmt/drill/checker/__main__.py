@@ -137,7 +137,13 @@ def _check_smb(asked: argparse.Namespace, evidence: Evidence, loss: LossStatemen
 
 def _is_hole(image: Path) -> bool:
     with image.open("rb") as file:
-        return next(data_ranges(file.fileno(), os.fstat(file.fileno()).st_size), None) is None
+        return next(data_ranges(file.fileno(), _size(image)), None) is None
+
+
+def _size(image: Path) -> int:
+    """Return the bytes of a file or a block device."""
+    with image.open("rb") as file:
+        return file.seek(0, os.SEEK_END)
 
 
 def _document(verdict: Verdict, seconds: float) -> dict[str, object]:
@@ -156,7 +162,7 @@ def _document(verdict: Verdict, seconds: float) -> dict[str, object]:
 def _generation_equal(first: Path, second: Path) -> int:
     try:
         blocks = differing_blocks(first, second)
-        sizes = {path.stat().st_size for path in (first, second)}
+        sizes = {_size(path) for path in (first, second)}
     except OSError as error:
         sys.stderr.write(f"checker: {error}\n")
         return 2

@@ -41,7 +41,7 @@ def differing_blocks(base: Path, target: Path) -> Blocks:
     """Return the 4096-byte blocks in which two images differ, ascending; holes and what lies past the end are zeros."""
     found: list[Blocks] = [np.zeros(0, np.int64)]
     with base.open("rb", buffering=0) as first, target.open("rb", buffering=0) as second:
-        sizes = [os.fstat(file.fileno()).st_size for file in (first, second)]
+        sizes = [os.lseek(file.fileno(), 0, os.SEEK_END) for file in (first, second)]
         ranges = sorted([*data_ranges(first.fileno(), sizes[0]), *data_ranges(second.fileno(), sizes[1])])
         done = 0
         for start, end in ranges:

@@ -231,7 +231,10 @@ def file_digest(fd: int, size: int) -> bytes:
 
 
 def data_ranges(fd: int, size: int) -> Iterator[tuple[int, int]]:
-    """Yield the ranges of a file that are not holes, widened to whole chunks of 1 MiB and joined."""
+    """Yield the ranges of a file that are not holes, widened to whole chunks of 1 MiB and joined; a block device has no holes."""
+    if stat.S_ISBLK(os.fstat(fd).st_mode):
+        yield 0, size
+        return
     at, last_end = 0, 0
     while at < size:
         try:

@@ -1,0 +1,141 @@
+"""A differential between two agents on volume groups, ready to be sent, begun from as often as wanted, on disks that can be made to fail.
+
+``fresh`` brings both nodes up from copies of their whole disks as they were before the transfer. ``converge`` is the oracle's end: once
+the fault is gone, at most two tries reach equality block by block (I6), the base is what it was (I1), nothing is left over (I8).
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import secrets
+import subprocess
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from uuid import UUID
+
+from agent.contract import messages as m
+from agent.contract.errors import LandfallError
+from agent.contract.identity import FilesystemKind, GenerationId
+from mgmt.authority import Authority
+from tests.faults.disks import Disk, generation_tag
+from tests.faults.rig import MIB, NodeProcess, Pair
+
+VOLUME_BYTES = 32 * MIB
+FILES = 48
+SLOWLY = 2 * MIB  # bytes in a second, so that pieces come in several groups
+MARK = b"landfall: these bytes stand in the target's one big file, and nowhere else. "
+
+
+@dataclass
+class ThinCase:
+    """Two disks as they were before the transfer, and what stands in the generations."""
+
+    disks: tuple[Disk, Disk]
+    authority: Authority
+    volume: UUID
+    transfer: UUID
+    base: GenerationId
+    target: GenerationId
+    digests: dict[GenerationId, str]
+    target_bytes: bytes
+
+    def fresh(self) -> Pair:
+        """Return both nodes, not running, as they were before the transfer."""
+        for disk in self.disks:
+            disk.detach()
+            subprocess.run(["cp", "--reflink=always", disk.image.with_suffix(".origin"), disk.image], check=True)
+            disk.attach()
+        return pair_on(self.disks, self.authority)
+
+    def send(self, pair: Pair, **options: object) -> m.Sent:
+        """Send the differential between two running nodes."""
+        options = {"differential": m.Differential.VERIFY, **options}
+        return pair.receive_and_send(self.transfer, self.base, self.target, **options)  # type: ignore[arg-type]
+
+    def arrived(self, pair: Pair) -> int:
+        """Return how many pieces NAS 2 says have arrived."""
+        known: m.Transfers = pair.nas2.ask(m.ListTransfers())
+        return next(facts.pieces_arrived for facts in known.transfers if facts.id == self.transfer)
+
+    def newest(self, node: NodeProcess) -> GenerationId:
+        """Return the newest generation of a node, by its own word."""
+        volumes: m.Volumes = node.ask(m.ListVolumes())
+        return next(facts for facts in volumes.volumes if facts.id == self.volume).generations[-1].id
+
+    def untouched(self, pair: Pair) -> None:
+        """Assert that NAS 2 stands at the base, byte for byte."""
+        assert self.newest(pair.nas2) == self.base
+        assert self.disks[1].digest(self.base) == self.digests[self.base]
+
+    def converge(self, pair: Pair) -> m.Sent:
+        """Let the transfer be sent again (both nodes run), and look at what comes of it."""
+        try:
+            sent = self.send(pair)
+        except LandfallError:
+            sent = self.send(pair)  # I6: at most two tries
+        assert self.newest(pair.nas2) == self.target
+        for generation in (self.base, self.target):
+            assert self.disks[1].digest(generation) == self.digests[generation]
+        assert self.disks[1].workspaces() == []
+        return sent
+
+
+def pair_on(disks: tuple[Disk, Disk], authority: Authority) -> Pair:
+    """Return the nodes on two attached disks."""
+    one, two = (
+        NodeProcess(disk.state, name, volume_group=disk.group, environment={"LVM_SYSTEM_DIR": str(disk.settings)})
+        for disk, name in zip(disks, ("nas1", "nas2"), strict=True)
+    )
+    return Pair(one, two, authority)
+
+
+def prepare(folder: Path, authority: Authority) -> ThinCase:
+    """Return a case: a volume of small files and one big one, replicated once, then changed."""
+    tag = secrets.token_hex(3)
+    one, two = (Disk(folder / f"{node}.img", f"lf-{tag}-{node}", f"lf-{tag}-{node}-vg", folder / node) for node in ("nas1", "nas2"))
+    disks = (one, two)
+    for disk in disks:
+        disk.make()
+    pair = pair_on(disks, authority)
+    try:
+        pair.nas1.start()
+        pair.nas2.start()
+        volume = pair.create("case", FilesystemKind.EXT4, VOLUME_BYTES)
+        volumes: m.Volumes = pair.nas1.ask(m.ListVolumes())
+        root = Path(volumes.volumes[0].mount_point)
+        dice = random.Random(7)
+        for number in range(FILES):
+            (root / f"f{number}").write_bytes(dice.randbytes(dice.randrange(1, 120_000)))
+        (root / "big").write_bytes(dice.randbytes(3 * MIB))
+        base = pair.replicate(volume)
+        for number in range(0, FILES, 2):
+            with open(root / f"f{number}", "r+b") as file:
+                os.pwrite(file.fileno(), dice.randbytes(5000), dice.randrange(0, 2000))
+        (root / "big").write_bytes((MARK * (4 * MIB // len(MARK)))[: 3 * MIB - 4096] + dice.randbytes(4096))
+        (root / "new").write_bytes(dice.randbytes(300_000))
+        target = pair.take(volume)
+        transfer = pair.build(base, target)
+        pair.nas1.ask(m.StopServing(volume))
+    finally:
+        pair.nas1.kill()
+        pair.nas2.kill()
+    digests = {generation: one.digest(generation) for generation in (base, target)}
+    content = one.content(generation_tag(target))
+    for disk in disks:
+        disk.detach()
+        subprocess.run(["cp", "--reflink=always", disk.image, disk.image.with_suffix(".origin")], check=True)
+    return ThinCase(disks, authority, volume, transfer, base, target, digests, content)
+
+
+def end(pair: Pair | None, case: ThinCase) -> None:
+    """End the nodes and take their disks down; I8: nothing of device-mapper's stays."""
+    if pair is not None:
+        for node in (pair.nas1, pair.nas2):
+            with suppress(ProcessLookupError):
+                node.kill()
+    for disk in case.disks:
+        disk.detach()
+    names = subprocess.run(["dmsetup", "ls"], capture_output=True, text=True, check=True).stdout
+    assert "landfall-" not in names
