@@ -97,10 +97,13 @@ def _of_note(dmi: Dmi) -> list[tuple[FileAccount, There]]:
 
 
 def _same(one: FileAccount, other: FileAccount) -> bool:
-    """Whether both nodes did the same: the content counts, not its times."""
+    """Whether both nodes have the same file: what was recovered has its size and its mtime to the nanosecond.
+
+    The digests say nothing about that: they follow the extents, and a file that was recovered lies elsewhere.
+    """
     deleted = [account.outcome is Outcome.DELETED for account in (one, other)]
     return deleted == [True, True] or (
-        deleted == [False, False] and (one.kind, one.size_bytes, one.digest) == (other.kind, other.size_bytes, other.digest)
+        deleted == [False, False] and (one.kind, one.size_bytes, one.mtime_ns) == (other.kind, other.size_bytes, other.mtime_ns)
     )
 
 
