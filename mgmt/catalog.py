@@ -363,9 +363,12 @@ class Catalog:
         row = self._db.execute("SELECT * FROM transfer WHERE id = ?", (str(transfer),)).fetchone()
         if row is None:
             return None
-        number, volume, base, target, differential, begun_ns, ended_ns, ending = row
-        first, last = (from_document(json.loads(text), GenerationId) for text in (base, target))
-        return TransferEntry(UUID(number), UUID(volume), first, last, Differential(differential), begun_ns, ended_ns, ending)
+        return _transfer(row)
+
+    def transfers(self, volume: UUID) -> list[TransferEntry]:
+        """Return what is recorded of a volume's transfers, oldest first."""
+        rows = self._db.execute("SELECT * FROM transfer WHERE volume = ? ORDER BY begun_ns", (str(volume),))
+        return [_transfer(row) for row in rows]
 
     def last_begun_ns(self, volume: UUID) -> int | None:
         """Return when a transfer of a volume was begun last; None if none ever was."""
@@ -439,6 +442,17 @@ class Catalog:
         )
         return [SalvageEntry(UUID(transfer), UUID(about), at_ns, from_json(text), undone) for transfer, about, at_ns, text, undone in rows]
 
+    def statements(self, name: str) -> list[SalvageEntry]:
+        """Return the salvages of a volume by name, oldest first, also of one that was removed; NoSuchVolume for a name nobody ever had."""
+        known = next((entry.id for entry in self.volumes() if name in {entry.name, str(entry.id)}), None)
+        if known is not None:
+            return self.salvages(known)
+        rows = self._db.execute("SELECT DISTINCT volume FROM salvage WHERE json_extract(statement, '$.volume_name') = ?", (name,))
+        found = [entry for (volume,) in rows.fetchall() for entry in self.salvages(UUID(volume))]
+        if not found:
+            raise NoSuchVolume(f"there is no volume {name!r}, nor a loss statement of one")
+        return found
+
     def newest_salvage(self, volume: UUID) -> SalvageEntry:
         """Return the salvage that stands; NoSuchTransfer if there is none."""
         for entry in reversed(self.salvages(volume)):
@@ -482,6 +496,12 @@ class Catalog:
             self._db.execute("ROLLBACK")
             raise
         self._db.execute("COMMIT")
+
+
+def _transfer(row: tuple[str, str, str, str, str, int, int | None, str]) -> TransferEntry:
+    number, volume, base, target, differential, begun_ns, ended_ns, ending = row
+    first, last = (from_document(json.loads(text), GenerationId) for text in (base, target))
+    return TransferEntry(UUID(number), UUID(volume), first, last, Differential(differential), begun_ns, ended_ns, ending)
 
 
 def _stored(text: str) -> str:

@@ -122,7 +122,7 @@ class Node:
     @overload
     def ask(
         self,
-        arguments: m.DropGeneration | m.CloseGeneration | m.DiscardTransfer | m.UndoSalvage | m.AcknowledgeOutbox,
+        arguments: m.RemoveVolume | m.DropGeneration | m.CloseGeneration | m.DiscardTransfer | m.UndoSalvage | m.AcknowledgeOutbox,
         on_progress: OnProgress | None = ...,
         *,
         limit_s: float | None = ...,

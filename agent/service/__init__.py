@@ -4,6 +4,7 @@ node         what the handlers work on: configuration, substrate, transfers, out
 term         which management node is obeyed
 volumes      create, admit, list
 serving      promote, serve, unserve, demote
+removal      the end of a volume
 peers        probe
 generations  take, drop, open, close
 verification examine, digests, owners
@@ -34,6 +35,7 @@ from agent.service import (
     mending,
     peers,
     receiving,
+    removal,
     salvages,
     sending,
     serving,
@@ -57,6 +59,7 @@ HANDLERS: dict[type[Any], Callable[[Node, Any, ProgressCall], Any]] = {
     m.ServeVolume: serving.serve,
     m.StopServing: serving.unserve,
     m.DemoteVolume: serving.demote,
+    m.RemoveVolume: removal.remove,
     m.TakeGeneration: generations.take,
     m.DropGeneration: generations.drop,
     m.OpenGeneration: generations.open_generation,

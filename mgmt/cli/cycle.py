@@ -134,10 +134,12 @@ def salvage(
 @as_json_option
 @at_place
 def statement(place: Place, volume: str, html: Path | None, rows: int, as_json: bool) -> None:
-    """Show the loss statement of VOLUME's last salvage again."""
+    """Show the loss statement of VOLUME's last salvage again, also of a volume that was removed."""
+    from mgmt import run
+
     _refuse_page(html)
     with place.site() as site:
-        found = site.catalog.newest_salvage(site.catalog.volume(volume).id).statement
+        found = run.newest_statement(site, volume)
     _show_statement(found, rows=rows, as_json=as_json)
     _write_page(found, html)
 

@@ -82,6 +82,16 @@ def at_place(function: Callable[..., None]) -> Callable[..., None]:
     return click.pass_obj(function)
 
 
+def want_name(yes: bool, name: str, consequence: str) -> None:
+    """Go on only if a person types the name of what is to be destroyed, or said --yes beforehand."""
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise click.UsageError(f"{consequence}: add --yes")
+    if click.prompt(f"{consequence}. Type {name} to go on", err=True) != name:
+        raise click.Abort
+
+
 def want(yes: bool, question: str, changes: str = "this changes what the secondary holds") -> None:
     """Go on only if a person says so: beforehand by --yes, or now at a terminal."""
     if yes:

@@ -9,7 +9,7 @@ import click
 
 from agent.contract.identity import FilesystemKind
 from agent.contract.messages import Deletions, to_document
-from mgmt.cli.place import Place, as_json_option, at_place, volume_argument
+from mgmt.cli.place import Place, as_json_option, at_place, volume_argument, want_name, yes_option
 from mgmt.sizes import Size
 
 if TYPE_CHECKING:
@@ -179,6 +179,26 @@ def volume_set(
         show_json(to_document(entry))
     else:
         say(f"Volume {entry.name} has its policy.")
+
+
+@volume.command("remove")
+@volume_argument
+@click.option("--without", metavar="NODE", help="Do not ask this node, which is gone for good; what it holds stays there.")
+@yes_option
+@as_json_option
+@at_place
+def volume_remove(place: Place, volume: str, without: str | None, yes: bool, as_json: bool) -> None:
+    """Destroy VOLUME on both nodes with all its generations. Its loss statements stay."""
+    from mgmt import run
+    from mgmt.terminal import say, show_json
+
+    with place.site() as site:
+        entry = site.catalog.volume(volume)
+        if without not in {None, entry.primary, entry.secondary}:
+            raise click.BadParameter(f"{without} is not a node of volume {volume}", param_hint="--without")
+        want_name(yes, entry.name, f"This destroys volume {entry.name} and every generation of it")
+        run.remove_volume(site, volume, without=without)
+    show_json({"removed": entry.name, "id": str(entry.id)}) if as_json else say(f"Volume {entry.name} is gone.")
 
 
 def _levels(priorities: tuple[str, ...]) -> tuple[tuple[str, int], ...]:

@@ -5,6 +5,7 @@ volumes       add a volume, list, lay down its policy, serve it or stop
 notices       notifications fetched, stored, acknowledged
 retention     generations let go, and held
 replication   a generation, its differential, a transfer, resumed while both nodes live; discard
+removal       the end of a volume
 standing      how a volume stands: both sides' facts, open transfers with their gauge
 preflight     everything that must be right before the bad night
 verification  both copies of a generation compared, and made equal
@@ -13,9 +14,10 @@ salvage       the evidence fetched, determined, the update instruction, the loss
 
 from mgmt.run.notices import collect, wait_for_failure
 from mgmt.run.preflight import CheckState, Finding, preflight, worst
+from mgmt.run.removal import remove_volume
 from mgmt.run.replication import Prepared, Replicated, discard, prepare, replicate
 from mgmt.run.retention import hold, release_hold
-from mgmt.run.salvage import Salvage, undo, verdicts
+from mgmt.run.salvage import Salvage, newest_statement, undo, verdicts
 from mgmt.run.salvage import salvage as salvage_volume
 from mgmt.run.site import Site, Teller
 from mgmt.run.standing import NodeView, Standing, gauge_of, standing
@@ -40,9 +42,11 @@ __all__ = [
     "gauge_of",
     "hold",
     "list_volumes",
+    "newest_statement",
     "preflight",
     "prepare",
     "release_hold",
+    "remove_volume",
     "replicate",
     "salvage_volume",
     "serve",

@@ -196,7 +196,7 @@ def _roles(entry: VolumeEntry, one: m.VolumeFacts, other: m.VolumeFacts) -> Find
 def _age(entry: VolumeEntry, one: m.VolumeFacts, other: m.VolumeFacts, oldest_s: float) -> Iterator[Finding]:
     common = newest_common(one, other)
     replicate = f"`landfall replicate {entry.name}`."
-    there = {facts.id for facts in other.generations if facts.kind is not GenerationKind.EMPTY}
+    there = {facts.id for facts in other.generations if facts.kind not in {GenerationKind.EMPTY, GenerationKind.KEPT}}
     both = [facts for facts in one.generations if facts.id in there]
     if common == empty_generation(entry.id):
         yield Finding(entry.name, "replication", CheckState.WARNING, "no generation is on both nodes", replicate)

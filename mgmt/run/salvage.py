@@ -124,6 +124,14 @@ def undo(site: Site, name: str) -> VolumeEntry:
     return entry
 
 
+def newest_statement(site: Site, name: str) -> LossStatement:
+    """Return the loss statement of the salvage that stands; NoSuchTransfer if there is none."""
+    for entry in reversed(site.catalog.statements(name)):
+        if entry.undone_ns is None:
+            return entry.statement
+    raise NoSuchTransfer(f"no salvage of volume {name} stands")
+
+
 def _await_notification(site: Site, entry: VolumeEntry, transfer: UUID | None) -> None:
     """Give a secondary that still waits for its peer the time in which it must notice that the peer is gone."""
     notices.collect(site, (entry.secondary,))

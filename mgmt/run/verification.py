@@ -118,7 +118,7 @@ def verify(
 def _common(site: Site, entry: VolumeEntry, wanted: str | None) -> GenerationId:
     """Return the generation to compare; NoSuchGeneration if not both hold it."""
     held = [facts_of(site.node(node), entry.id).generations for node in (entry.primary, entry.secondary)]
-    labelled = {GenerationKind.EMPTY, GenerationKind.SALVAGED}  # of these there is but one copy, or nothing to compare
+    labelled = {GenerationKind.EMPTY, GenerationKind.SALVAGED, GenerationKind.KEPT}  # of these there is but one copy, or nothing to compare
     there = {facts.id for facts in held[1] if facts.kind not in labelled}
     both = [facts.id for facts in held[0] if facts.id in there]
     found = [each for each in both if wanted in {None, each.name}]

@@ -399,6 +399,25 @@ def remove_dies(case: Case, point: str, differential: m.Differential) -> None:
         release(nas1)
 
 
+def end_dies(case: Case, point: str, differential: m.Differential) -> None:
+    """NAS 2 dies when a volume is removed: asked again, nothing of it is left."""
+    pair, volume = case.fresh(), case.base.volume
+    nas2 = pair.nas2
+    try:
+        nas2.start_armed(point)
+        expect_death(nas2, lambda: nas2.ask(m.RemoveVolume(volume)), point)
+        nas2.start()
+        _nothing_new(nas2)
+        assert nas2.ask(m.ListVolumes()).volumes == ()
+        nas2.ask(m.RemoveVolume(volume))
+        assert nas2.ask(m.ListTransfers()).transfers == ()
+        assert not list((nas2.folder / "state" / "differential").glob("*"))
+        assert not list((nas2.folder / "pool" / "volumes").iterdir())
+    finally:
+        nas2.kill()
+        release(nas2)
+
+
 def drop_dies(case: Case, point: str, differential: m.Differential) -> None:
     """NAS 1 dies when a generation is let go: it is held whole, or not at all."""
     pair = case.fresh()

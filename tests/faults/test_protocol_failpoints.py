@@ -131,11 +131,13 @@ DEMOTE = (
     "demote.after_role",
 )
 CREATE = ("substrate.create.before", "substrate.create.before_rename", "substrate.create.after")
+END = ("remove.before_records", "remove.after_records")
 REMOVE = ("substrate.remove.before", "substrate.remove.renamed", "substrate.remove.after")
 
 FAILPOINTS: tuple[tuple[Phase, tuple[str, ...]], ...] = (
     (phases.create_dies, CREATE),
     (phases.remove_dies, REMOVE),
+    (phases.end_dies, END),
     (phases.take_dies, TAKE),
     (phases.drop_dies, DROP),
     (phases.build_dies, BUILD),

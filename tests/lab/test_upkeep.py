@@ -104,6 +104,12 @@ def rot(lab: Lab, node: NodeName, generation: GenerationId, content: bytes, how:
     return int(start_program(lifecycle.inside(lab, node, argv), stdin=content).text)
 
 
+def tear(lab: Lab, node: NodeName, path: str) -> None:
+    """Cut a file short; what it was is beside it."""
+    start_program(lifecycle.inside(lab, node, ["cp", "-a", path, f"{path}.whole"]))
+    start_program(lifecycle.inside(lab, node, ["truncate", "-s", "20", path]))
+
+
 def command(lab: Lab, *words: str, expect: int = 0) -> str:
     """Return what ``landfall`` prints."""
     argv = [sys.executable, "-m", "mgmt.cli", "--lab", str(lab.directory), *words]
@@ -183,7 +189,7 @@ def test_B12_one_record_that_cannot_be_read_is_told_and_hides_nothing(lab: Lab) 
     write(lab, root, "file", b"content")
     older, newest = replicated(lab, "readable"), replicated(lab, "readable")
     record = image(older).replace(".img", ".json")
-    start_program(lifecycle.inside(lab, NAS2, ["truncate", "-s", "20", record]))
+    tear(lab, NAS2, record)
     (told,) = json.loads(command(lab, "status", "readable", "--json"))
     assert [found["where"] for found in told["secondary"]["unreadable"]] == [record]
     assert [facts["id"]["counter"] for facts in told["secondary"]["facts"]["generations"]] == [0, newest.counter]
@@ -192,11 +198,15 @@ def test_B12_one_record_that_cannot_be_read_is_told_and_hides_nothing(lab: Lab) 
     assert other["secondary"]["unreadable"] == []
     replicated(lab, "readable")
     replicated(lab, "other")
-    start_program(lifecycle.inside(lab, NAS2, ["truncate", "-s", "20", str(Path(record).parents[1] / "volume.json")]))
+    about = str(Path(record).parents[1] / "volume.json")
+    tear(lab, NAS2, about)
     (told,) = json.loads(command(lab, "status", "readable", "--json"))
     assert told["secondary"]["facts"] is None
     assert "cannot be read" in told["secondary"]["problem"]
     replicated(lab, "other")
+    for path in (record, about):
+        start_program(lifecycle.inside(lab, NAS2, ["mv", f"{path}.whole", path]))
+    replicated(lab, "readable")
 
 
 def test_check_says_ok_of_a_lab_in_order_and_fails_with_its_node(lab: Lab) -> None:
@@ -215,3 +225,28 @@ def test_check_says_ok_of_a_lab_in_order_and_fails_with_its_node(lab: Lab) -> No
         assert [said["subject"] for said in found["findings"] if said["state"] == "FAILED"] == [NAS2]
     finally:
         lifecycle.start_node(lab, NAS2)
+
+
+def test_a_volume_is_removed_from_both_nodes_and_not_while_it_is_used(lab: Lab) -> None:
+    root = made(lab, "ending")
+    write(lab, root, "file", b"content")
+    newest = replicated(lab, "ending")
+    assert "unserve" in command(lab, "volume", "remove", "ending", "--yes", "--json", expect=25)
+    command(lab, "unserve", "ending")
+    assert (
+        "--yes"
+        in start_program(
+            [sys.executable, "-m", "mgmt.cli", "--lab", str(lab.directory), "volume", "remove", "ending"], ok=(2,)
+        ).stderr.decode()
+    )
+    command(lab, "replicate", "ending", "--prepare")
+    assert "discard" in command(lab, "volume", "remove", "ending", "--yes", "--json", expect=36)
+    command(lab, "discard", "ending", "--yes")
+    assert json.loads(command(lab, "volume", "remove", "ending", "--yes", "--json"))["id"] == str(newest.volume)
+    assert "ending" not in command(lab, "volume", "list")
+    for node in (NAS1, NAS2):
+        start_program(lifecycle.inside(lab, node, ["ls", str(Path(image(newest)).parents[1])]), ok=(2,))
+        listing = start_program(lifecycle.inside(lab, node, ["find", "/run/landfall/node", "-name", f"*{newest.volume}*"])).text
+        assert listing == ""
+    made(lab, "ending")
+    replicated(lab, "ending")

@@ -72,6 +72,13 @@ class ListVolumes:
 
 
 @dataclass(frozen=True, slots=True)
+class RemoveVolume:
+    """volume.remove: destroy everything this node holds of a volume that it does not serve and of which no transfer is open."""
+
+    volume: UUID
+
+
+@dataclass(frozen=True, slots=True)
 class Unreadable:
     """A record of a volume or a generation that cannot be read, and why; it was left as it is, and hides nothing else."""
 
