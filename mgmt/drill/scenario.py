@@ -43,6 +43,8 @@ from mgmt.lab.proxy import Action, Direction, Endpoint, Event, Proxy, Trigger
 from mgmt.report import LossStatement
 
 VOLUME: Final = "drill"
+ADDRESS: Final = "10.77.0.100/24"
+"""Where clients find the volume, before and after."""
 SILENCE_LIMIT_S: Final = 3.0
 DEATH_LIMIT_S: Final = 300.0
 DETECT_LIMIT_S: Final = 60.0
@@ -86,6 +88,7 @@ class Drill:
             size_bytes=options.size_bytes,
             primary=NodeName.NAS1,
             secondary=NodeName.NAS2,
+            address=ADDRESS,
         )
         root = self._served(NodeName.NAS1)
         client = self._client()
@@ -170,7 +173,7 @@ class Drill:
         return max(site.node(NodeName.NAS2).ask(m.ListTransfers()).transfers, key=lambda facts: facts.target.counter)
 
     def _fail_over(self, site: operations.Site, *, declare_dead: bool) -> None:
-        with self.stage.step("nas2 takes over: fence, determination, recovery, exports") as advance:
+        with self.stage.step("nas2 takes over: fence, determination, recovery, address, exports") as advance:
             done = failover(site, VOLUME, Wish(declare_dead=declare_dead), lost_ns=self._died_ns, tell=teller(advance))
         if done is None or done.transfer is None:
             raise DrillFailed("nothing was recovered of the transfer")
@@ -193,7 +196,7 @@ class Drill:
                     result=self._served(NodeName.NAS2),
                     dmi=files / "dmi",
                     arrival=files / "arrival",
-                    smb=f"//{NodeName.NAS2.address}/{VOLUME}",
+                    smb=f"//{ADDRESS.partition('/')[0]}/{VOLUME}",
                     smb_client=f"nsenter --net={namespace} smbclient -N",
                 ),
                 statement,
@@ -230,7 +233,7 @@ class Drill:
 
     def _client(self) -> workload.SmbClient:
         namespace = NAMESPACES / self.lab.namespace(NodeName.MGMT)
-        return workload.SmbClient(NodeName.NAS1.address, VOLUME, ("nsenter", f"--net={namespace}", "--"))
+        return workload.SmbClient(ADDRESS.partition("/")[0], VOLUME, ("nsenter", f"--net={namespace}", "--"))
 
 
 class _Interruption:

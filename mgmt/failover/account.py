@@ -112,7 +112,7 @@ def _unplanned(entry: FailoverEntry, done: dict[Step, StepEntry], salvage: dict[
     detect = max(0.0, (entry.begun_ns - entry.lost_ns) / 1e9)
     fence = done[Step.FENCE].seconds
     determine, recover = salvage.get("determine_s", 0.0), salvage.get("recover_s", 0.0)
-    serve = sum(done[step].seconds for step in (Step.PROMOTE, Step.SERVE))
+    serve = sum(done[step].seconds for step in (Step.PROMOTE, Step.ADDRESS, Step.SERVE))
     whole = (served_ns - entry.lost_ns) / 1e9
     return Phases(detect, fence, determine, recover, serve, max(0.0, whole - detect - fence - determine - recover - serve))
 
@@ -120,7 +120,7 @@ def _unplanned(entry: FailoverEntry, done: dict[Step, StepEntry], salvage: dict[
 def _planned(done: dict[Step, StepEntry], served_ns: int) -> Phases:
     recover = done[Step.FINISH].seconds + done[Step.VERIFY].seconds
     fence = done[Step.QUIESCE].seconds + done[Step.DEMOTE].seconds
-    serve = sum(done[step].seconds for step in (Step.PROMOTE, Step.SERVE))
+    serve = sum(done[step].seconds for step in (Step.PROMOTE, Step.ADDRESS, Step.SERVE))
     whole = (served_ns - done[Step.QUIESCE].begun_ns) / 1e9
     return Phases(0.0, fence, 0.0, recover, serve, max(0.0, whole - fence - recover - serve))
 

@@ -141,6 +141,8 @@ def _take_back(work: Work, error: LandfallError) -> None:
     plan, source = work.plan, work.site.node(work.plan.source)
     try:
         epoch = facts_of(source, plan.volume).epoch
+        if plan.address:
+            source.ask(m.TakeAddress(plan.volume, plan.address))
         source.ask(m.ServeVolume(plan.volume, epoch))
     except LandfallError as second:
         error.add_note(f"{plan.source} could not be made to serve again: {second}")

@@ -52,18 +52,19 @@ class Step(StrEnum):
     """The steps of a failover; their order in a plan is the order of the journal."""
 
     REPLICATE = "replicate"  # planned: the bulk of it, while clients still work
-    QUIESCE = "quiesce"  # planned: exports end, the volume is read-only
+    QUIESCE = "quiesce"  # planned: exports end, the volume is read-only, its address is given up
     FINISH = "finish"  # planned: what was written since
     VERIFY = "verify"  # planned: both nodes hold the same generation, and the old one has nothing newer
     DEMOTE = "demote"  # planned: the old primary becomes secondary; its own word is the fence
     FENCE = "fence"  # unplanned
     SALVAGE = "salvage"  # unplanned, if a transfer is unfinished
     PROMOTE = "promote"
+    ADDRESS = "address"
     SERVE = "serve"
     RECORD = "record"
 
 
-TAKE_OVER: Final = (Step.PROMOTE, Step.SERVE, Step.RECORD)
+TAKE_OVER: Final = (Step.PROMOTE, Step.ADDRESS, Step.SERVE, Step.RECORD)
 HAND_OVER: Final = (Step.REPLICATE, Step.QUIESCE, Step.FINISH, Step.VERIFY, Step.DEMOTE)
 UNFINISHED: Final = frozenset({m.TransferState.WAITING, m.TransferState.RUNNING, m.TransferState.INTERRUPTED})
 
@@ -112,13 +113,14 @@ class Plan:
         how = f"by {self.fence}" if self.fence else "no fence is configured: without proof"
         return {
             Step.REPLICATE: f"replicate {self.name} from {self.source} to {self.target} while clients work",
-            Step.QUIESCE: f"{self.source} ends its exports and writes no more",
+            Step.QUIESCE: f"{self.source} ends its exports, gives up the address and writes no more",
             Step.FINISH: f"replicate what was written since, from {self.source} to {self.target}",
             Step.VERIFY: "prove that both nodes hold the same generation and nothing newer",
             Step.DEMOTE: f"{self.source} becomes secondary at epoch {self.epoch}",
             Step.FENCE: f"fence {self.source} ({how}): it must not write at epoch {self.epoch - 1} or below",
             Step.SALVAGE: f"recover on {self.target} every whole file of transfer {self.transfer}",
             Step.PROMOTE: f"{self.target} becomes primary at epoch {self.epoch}",
+            Step.ADDRESS: f"{self.target} takes the address {self.address}" if self.address else "the volume has no address of its own",
             Step.SERVE: f"{self.target} mounts and exports {self.name}",
             Step.RECORD: "record what it took and what was lost",
         }[step]

@@ -74,6 +74,8 @@ def quiesce(work: Work) -> StepFacts:
     """Let nobody write any more: exports end, then the address goes; the volume stays mounted, read-only."""
     source = work.site.node(work.plan.source)
     source.ask(m.StopServing(work.plan.volume, quiesce=True))
+    if work.plan.address:
+        source.ask(m.DropAddress(work.plan.volume, work.plan.address))
     return {}
 
 
@@ -166,6 +168,13 @@ def promote(work: Work) -> StepFacts:
     return {"generation": newest.id.name, "taken_ns": newest.taken_ns}
 
 
+def address(work: Work) -> StepFacts:
+    """Let the target take the volume's address; AddressTaken if somebody else answers for it."""
+    if work.plan.address:
+        work.site.node(work.plan.target).ask(m.TakeAddress(work.plan.volume, work.plan.address))
+    return {}
+
+
 def serve(work: Work) -> StepFacts:
     """Let the target mount and export the volume."""
     facts = work.site.node(work.plan.target).ask(m.ServeVolume(work.plan.volume, work.plan.epoch))
@@ -192,6 +201,7 @@ ACTIONS: Final[dict[Step, Callable[[Work], StepFacts]]] = {
     Step.FENCE: fence_off,
     Step.SALVAGE: salvage,
     Step.PROMOTE: promote,
+    Step.ADDRESS: address,
     Step.SERVE: serve,
     Step.RECORD: record,
 }

@@ -59,6 +59,8 @@ def add_volume(
             if known is None:
                 site.catalog.forget_volume(entry.id)
             raise
+    if address:
+        one.ask(m.TakeAddress(entry.id, address))
     other.ask(m.AdmitReplica(entry.id, name, filesystem, size_bytes, sector_bytes))
     return facts
 
@@ -71,6 +73,21 @@ def list_volumes(site: Site) -> list[VolumeEntry]:
 def set_volume(site: Site, name: str, **changes: Any) -> VolumeEntry:
     """Return the volume with ``changes``, fields of its entry, laid down for it; what is not among them stays."""
     site.catalog.set_volume(dataclasses.replace(site.catalog.volume(name), **changes))
+    return site.catalog.volume(name)
+
+
+def move_address(site: Site, name: str, address: str) -> VolumeEntry:
+    """Return the volume with another address (empty: none), which its primary takes before it gives the old one up.
+
+    If we die here the new one is recorded: `landfall serve` and every failover take it.
+    """
+    entry = site.catalog.volume(name)
+    site.catalog.set_volume(dataclasses.replace(entry, address=address))
+    primary = site.node(entry.primary)
+    if address:
+        primary.ask(m.TakeAddress(entry.id, address))
+    if entry.address and entry.address != address:
+        primary.ask(m.DropAddress(entry.id, entry.address))
     return site.catalog.volume(name)
 
 
@@ -87,13 +104,19 @@ def serve(site: Site, name: str, *, node: str | None = None) -> m.VolumeFacts:
             f"{entry.primary} is the primary of volume {name} at epoch {entry.epoch}, {server} stands at epoch {facts.epoch}",
             fix=f"`landfall failover {name}` lets the secondary take over, `landfall failback {name}` a node that has returned.",
         )
+    if entry.address:
+        site.node(server).ask(m.TakeAddress(entry.id, entry.address))
     return site.node(server).ask(m.ServeVolume(entry.id, facts.epoch))
 
 
 def unserve(site: Site, name: str, *, node: str | None = None) -> m.VolumeFacts:
     """Return the volume after ``node`` (without one: its primary) stopped to serve it: exports, then the address."""
     entry = site.catalog.volume(name)
-    return site.node(node or entry.primary).ask(m.StopServing(entry.id))
+    server = site.node(node or entry.primary)
+    facts = server.ask(m.StopServing(entry.id))
+    if entry.address:
+        server.ask(m.DropAddress(entry.id, entry.address))
+    return facts
 
 
 def follow_roles(site: Site, entry: VolumeEntry) -> VolumeEntry:

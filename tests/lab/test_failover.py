@@ -27,7 +27,7 @@ from mgmt.failover import driver, failback
 from mgmt.failover.account import Account
 from mgmt.failover.plan import HAND_OVER, TAKE_OVER, FailoverKind, Step, Wish
 from mgmt.inventory import FenceOptions, Inventory, read_inventory
-from mgmt.lab import lifecycle, processes
+from mgmt.lab import lifecycle
 from mgmt.lab.layout import Lab, NodeName
 from mgmt.lab.namespace import within
 
@@ -104,10 +104,6 @@ class Scene:
         start_program(lifecycle.inside(self.lab, node, argv), stdin=listed)
         self.contents |= files
 
-    def server(self) -> NodeName:
-        """The node that serves the volume."""
-        return next(node for node in (NAS2, NAS1) if processes.first_process(self.lab, node) and self.facts(node).serving)
-
     def replicate(self) -> run.Replicated:
         return self.at_site(lambda site: run.replicate(site, self.name))
 
@@ -124,7 +120,7 @@ class Scene:
 
     def smbclient(self, command: str) -> bytes:
         """Return what a client says who runs a command at the volume's address."""
-        argv = ["smbclient", f"//{self.server().address}/{self.name}", "-N", "-c", command]
+        argv = ["smbclient", f"//{self.address}/{self.name}", "-N", "-c", command]
         output = within(self.lab.namespace(MGMT), lambda: start_program(argv, timeout_s=LIMIT_S, ok=range(256)))
         return output.stdout + output.stderr
 
@@ -142,13 +138,13 @@ class Scene:
             assert self.smb(name) == random.Random(seed).randbytes(size), name
 
     def break_off(self, source: NodeName, files: dict[str, tuple[int, int]]) -> None:
-        """Change files on the source, and pull its plug when a quarter of them has been sent."""
+        """Change files on the source, and pull its plug when half of them have been sent."""
         self.write(source, files)
         reached = threading.Event()
         failed: list[str] = []
 
         def tell(node: str, progress: m.Progress) -> None:
-            if progress.step == "pieces" and 0 < progress.total <= progress.done * 4:
+            if progress.step == "pieces" and 0 < progress.total <= progress.done * 2:
                 reached.set()
 
         def work(site: run.Site) -> None:

@@ -13,7 +13,7 @@ from agent.contract import arrival as arrivals
 from agent.contract import columns
 from agent.contract import messages as m
 from agent.contract.dmi import Change, Dmi
-from agent.contract.errors import DeviceBusy, EpochStale, LandfallError, NoSuchTransfer, NotPrimary
+from agent.contract.errors import AddressTaken, DeviceBusy, EpochStale, LandfallError, NoSuchTransfer, NotPrimary
 from agent.contract.identity import FilesystemKind, GenerationId, GenerationKind, empty_generation
 from mgmt.inventory import FenceOptions, Inventory, NodeEntry
 from mgmt.run import Site
@@ -119,6 +119,19 @@ class Pair:
             self.serving[node] = False
             return self.facts(node)[0]
 
+        def take_address(asked: m.TakeAddress) -> m.Done:
+            if self.role[node] is not m.Role.PRIMARY:
+                raise NotPrimary(node)
+            sees = not self.agents[other].dead and (other not in self.cut_off or other in self.seen_by_peer)
+            if (self.address[other] == asked.address and sees) or asked.address in self.strangers:
+                raise AddressTaken("somebody answers for it")
+            self.address[node] = asked.address
+            return m.Done()
+
+        def drop_address(_: m.DropAddress) -> m.Done:
+            self.address[node] = ""
+            return m.Done()
+
         def probe(_: m.ProbePeer) -> m.Probed:
             gone = self.agents[other].dead or (other in self.cut_off and other not in self.seen_by_peer)
             return m.Probed(not gone, "No route to host" if gone else "")
@@ -155,6 +168,8 @@ class Pair:
             m.DemoteVolume: demote,
             m.ServeVolume: serve,
             m.StopServing: stop,
+            m.TakeAddress: take_address,
+            m.DropAddress: drop_address,
             m.ProbePeer: probe,
             m.ReadOutbox: lambda _: m.Outbox(tuple(self.outbox) if node == "nas2" else ()),
             m.AcknowledgeOutbox: acknowledge,

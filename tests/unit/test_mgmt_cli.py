@@ -107,7 +107,7 @@ def test_a_failover_from_the_command_line(pair: Pair) -> None:
     pair.fails = [die()]
     ask("replicate", "projects", error=NodeUnreachable)
     steps = data("failover", "projects", "--dry-run")["steps"]
-    assert [found["step"] for found in steps] == ["fence", "salvage", "promote", "serve", "record"]
+    assert [found["step"] for found in steps] == ["fence", "salvage", "promote", "address", "serve", "record"]
     assert "fence nas1 (by manual)" in ask("failover", "projects", "--dry-run").stdout
     ask("failover", "projects", error=SystemExit)
     ask("failover", "projects", "--planned", "--force", "--yes", error=SystemExit)

@@ -14,6 +14,7 @@ import pytest
 
 from agent.contract import messages as m
 from agent.contract.errors import (
+    AddressTaken,
     EpochStale,
     FailoverBusy,
     FailpointHit,
@@ -89,7 +90,7 @@ def test_C11_one_witness_is_never_enough() -> None:
 
 def test_I1_a_lost_primary_is_fenced_before_anything_else() -> None:
     made = plan.plan(facts(), Wish())
-    assert made.steps == (Step.FENCE, Step.PROMOTE, Step.SERVE, Step.RECORD)
+    assert made.steps == (Step.FENCE, Step.PROMOTE, Step.ADDRESS, Step.SERVE, Step.RECORD)
     assert (made.epoch, made.fence, made.address) == (2, "lab", ADDRESS)
 
 
@@ -163,7 +164,9 @@ def pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pair:
     fence_by(made, 0)
     with made.site() as site:
         made.with_volume(site)
+        run.set_volume(site, "projects", address=ADDRESS)
         run.replicate(site, "projects")
+    made.address["nas1"] = ADDRESS
     return made
 
 
@@ -194,12 +197,12 @@ def fail_over(pair: Pair, wish: Wish | None = None) -> Account:
 
 def changing(pair: Pair) -> list[Any]:
     """What was ordered that changes anything."""
-    kinds = (m.PromoteVolume, m.DemoteVolume, m.ServeVolume, m.StopServing, m.UpdateInstruction)
+    kinds = (m.PromoteVolume, m.DemoteVolume, m.ServeVolume, m.StopServing, m.TakeAddress, m.DropAddress, m.UpdateInstruction)
     return [order for agent in pair.agents.values() for order in agent.asked if isinstance(order, kinds)]
 
 
 def assert_taken_over(pair: Pair) -> None:
-    assert (pair.role["nas2"], pair.epoch["nas2"], pair.serving["nas2"]) == (m.Role.PRIMARY, 2, True)
+    assert (pair.role["nas2"], pair.epoch["nas2"], pair.serving["nas2"], pair.address["nas2"]) == (m.Role.PRIMARY, 2, True, ADDRESS)
     with pair.site() as site:
         entry = site.catalog.volume("projects")
         assert (entry.primary, entry.secondary, entry.epoch) == ("nas2", "nas1", 2)
@@ -213,7 +216,7 @@ def test_I1_the_secondary_takes_over_and_says_what_it_took(pair: Pair) -> None:
     done = fail_over(pair)
     assert_taken_over(pair)
     orders = [type(order) for order in changing(pair)]
-    assert orders == [m.UpdateInstruction, m.PromoteVolume, m.ServeVolume]
+    assert orders == [m.UpdateInstruction, m.PromoteVolume, m.TakeAddress, m.ServeVolume]
     assert (done.files_recovered, done.files_changed) == (2, 5)
     assert done.proof == "it is off"
     assert not done.split_brain
@@ -279,7 +282,7 @@ def passings(name: str) -> int:
 def test_I18_a_planned_one_loses_nothing_and_the_old_primary_follows(pair: Pair) -> None:
     done = fail_over(pair, Wish(planned=True))
     assert_taken_over(pair)
-    assert (pair.role["nas1"], pair.epoch["nas1"], pair.serving["nas1"]) == (m.Role.SECONDARY, 2, False)
+    assert (pair.role["nas1"], pair.epoch["nas1"], pair.serving["nas1"], pair.address["nas1"]) == (m.Role.SECONDARY, 2, False, "")
     assert (done.kind, done.lost.volume, fences(pair)) == (FailoverKind.PLANNED, 0.0, 0)
     orders = [
         type(order)
@@ -335,7 +338,7 @@ def test_a_planned_one_that_fails_before_the_handover_is_taken_back(pair: Pair) 
             driver.failover(site, "projects", Wish(planned=True))
         assert "serves projects again" in "".join(failed.value.__notes__)
         assert not site.catalog.failover_open(site.catalog.volume("projects").id)
-    assert (pair.serving["nas1"], pair.role["nas1"]) == (True, m.Role.PRIMARY)
+    assert (pair.serving["nas1"], pair.address["nas1"], pair.role["nas1"]) == (True, ADDRESS, m.Role.PRIMARY)
     assert pair.nas2.said(m.PromoteVolume) == []
 
 
@@ -416,6 +419,17 @@ def test_a_dry_run_says_the_steps_and_changes_nothing(pair: Pair) -> None:
         assert not site.catalog.failover_open(made.volume)
     assert changing(pair) == []
     assert fences(pair) == 0
+
+
+def test_I5_an_address_that_somebody_else_answers_for_is_not_served_at_until_he_does_not(pair: Pair) -> None:
+    pair.cut_off, pair.strangers = {"nas1"}, {ADDRESS}
+    with pair.site() as site:
+        with pytest.raises(AddressTaken):
+            driver.failover(site, "projects", Wish())
+        assert pair.nas2.said(m.ServeVolume) == []
+        pair.strangers.clear()
+        driver.failover(site, "projects", Wish())
+    assert_taken_over(pair)
 
 
 def test_I15_a_node_that_comes_and_goes_is_never_given_the_volume_back_by_itself(pair: Pair) -> None:
