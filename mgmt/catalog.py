@@ -211,6 +211,11 @@ class Catalog:
                 db.execute(f"DELETE FROM {table} WHERE volume = ?", (str(entry.id),))  # noqa: S608 - a name of ours
             self._set_rules(db, entry)
 
+    def grow_volume(self, volume: UUID, size_bytes: int) -> None:
+        """Record a volume's new size."""
+        with self._change() as db:
+            db.execute("UPDATE volume SET size_bytes = ? WHERE id = ?", (size_bytes, str(volume)))
+
     def forget_volume(self, volume: UUID) -> None:
         """Remove a volume that came to nothing."""
         with self.change() as db:

@@ -84,7 +84,7 @@ class Node:
     @overload
     def ask(
         self,
-        arguments: m.CreateVolume | m.AdmitReplica | m.PromoteVolume | m.ServeVolume | m.StopServing,
+        arguments: m.CreateVolume | m.GrowVolume | m.AdmitReplica | m.PromoteVolume | m.ServeVolume | m.StopServing,
         on_progress: OnProgress | None = ...,
         *,
         limit_s: float | None = ...,
@@ -97,6 +97,8 @@ class Node:
     def ask(self, arguments: m.OpenGeneration, on_progress: OnProgress | None = ..., *, limit_s: float | None = ...) -> m.Opened: ...
     @overload
     def ask(self, arguments: m.ExamineGeneration, on_progress: OnProgress | None = ..., *, limit_s: float | None = ...) -> m.Examined: ...
+    @overload
+    def ask(self, arguments: m.RestoreFiles, on_progress: OnProgress | None = ..., *, limit_s: float | None = ...) -> m.Restored: ...
     @overload
     def ask(self, arguments: m.FindOwners, on_progress: OnProgress | None = ..., *, limit_s: float | None = ...) -> m.Owners: ...
     @overload

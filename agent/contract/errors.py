@@ -251,6 +251,12 @@ class ReplicaDiffers(LandfallError):
     code, exit_code, retry, fix = "replica-differs", 90, Retry.OPERATOR, "`landfall verify VOLUME --heal`, then look at the node's disk."
 
 
+class RestoreIncomplete(LandfallError):
+    """Some of the files could not be restored from the generation; each is named with its reason. The others are restored."""
+
+    code, exit_code, retry, fix = "restore-incomplete", 92, Retry.OPERATOR, "Mend what stands beside each file, and restore those again."
+
+
 class CheckFailed(LandfallError):
     """`landfall check` found something that would fail on the bad night; the list says what, and what to do about each."""
 

@@ -69,6 +69,24 @@ def derived(path: Path, base: BlockDigests | None, device: Path, volume_bytes: i
     return table
 
 
+def lengthened(path: Path, blocks: int, more: int) -> None:
+    """Let a stored table of ``blocks`` blocks be one of a volume that has ``more`` blocks of zeros at its end, in one durable step."""
+    table = load(path, blocks)
+    if table is None:
+        return
+
+    def parts() -> Iterator[bytes]:
+        fold = xxhash.xxh3_128()
+        for source, length in ((table, blocks), (table_of_zeros(more), more)):
+            for at in range(0, length, _CHUNK_BLOCKS):
+                part = np.asarray(source[at : at + _CHUNK_BLOCKS], dtype="<u8").tobytes()
+                fold.update(part)
+                yield part
+        yield fold.digest()
+
+    write_durably(path, parts())
+
+
 def table_of_zeros(blocks: int) -> BlockDigests:
     """Return the table of g0: all holes."""
     return np.broadcast_to(np.uint64(ZERO_BLOCK), (blocks,))

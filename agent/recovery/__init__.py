@@ -8,5 +8,6 @@ inode    one inode made, filled, given its attributes
 apply    a plan stored into the clone
 verify   everything read back from a fresh mount
 mount    the private mounts
+restore  single files from a generation
 salvage  all of it, committed as a generation; undo, and the sweep after a crash
 """

@@ -4,9 +4,11 @@ node         what the handlers work on: configuration, substrate, transfers, out
 term         which management node is obeyed
 volumes      create, admit, list
 serving      promote, serve, unserve, demote
+growth       more room for a volume
 removal      the end of a volume
 peers        probe
 generations  take, drop, open, close
+restoring    single files
 verification examine, digests, owners
 sending      build, send (NAS 1)
 transfers    list, fetch, discard
@@ -31,11 +33,13 @@ from agent.contract import messages as m
 from agent.service import (
     devices,
     generations,
+    growth,
     health,
     mending,
     peers,
     receiving,
     removal,
+    restoring,
     salvages,
     sending,
     serving,
@@ -59,11 +63,13 @@ HANDLERS: dict[type[Any], Callable[[Node, Any, ProgressCall], Any]] = {
     m.ServeVolume: serving.serve,
     m.StopServing: serving.unserve,
     m.DemoteVolume: serving.demote,
+    m.GrowVolume: growth.grow,
     m.RemoveVolume: removal.remove,
     m.TakeGeneration: generations.take,
     m.DropGeneration: generations.drop,
     m.OpenGeneration: generations.open_generation,
     m.CloseGeneration: generations.close_generation,
+    m.RestoreFiles: restoring.restore_files,
     m.ExamineGeneration: verification.examine,
     m.FetchDigests: verification.fetch_digests,
     m.FindOwners: verification.find_owners,

@@ -46,6 +46,11 @@ def _refuse_used(node: Node, record: VolumeRecord) -> None:
         raise DeviceBusy(
             f"node {node.config.node} serves volume {record.name}", fix=f"`landfall unserve {record.name} --node {node.config.node}` first."
         )
+    refuse_open(node, record)
+
+
+def refuse_open(node: Node, record: VolumeRecord) -> None:
+    """TransferBusy while a transfer of the volume is open."""
     for number in _transfers(node, record.id):
         transfer = node.store.load(number)
         if transfer.state not in ENDED and not transfer.mends:

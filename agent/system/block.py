@@ -24,6 +24,7 @@ _LIBC: Final = ctypes.CDLL(None, use_errno=True)
 
 _LOOP_CLR_FD: Final = 0x4C01
 _LOOP_GET_STATUS64: Final = 0x4C05
+_LOOP_SET_CAPACITY: Final = 0x4C07
 _LOOP_CONFIGURE: Final = 0x4C0A
 _LOOP_CTL_ADD: Final = 0x4C80
 _LOOP_CTL_GET_FREE: Final = 0x4C82
@@ -136,6 +137,11 @@ def loop_status(loop_fd: int) -> LoopStatus:
     fcntl.ioctl(loop_fd, _LOOP_GET_STATUS64, raw)
     device, inode, _, _, _, _, _, _, flags, *_ = _LOOP_INFO64.unpack(raw)
     return LoopStatus(device, inode, LoopFlag(flags))
+
+
+def follow_loop(loop_fd: int) -> None:
+    """Let a bound loop device have the size that its image has now, whoever uses it (LOOP_SET_CAPACITY, loop(4))."""
+    fcntl.ioctl(loop_fd, _LOOP_SET_CAPACITY)
 
 
 def clear_loop(loop_fd: int) -> None:

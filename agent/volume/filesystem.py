@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from agent.contract.errors import CommandFailed, DeviceBusy, DeviceFailed, LayoutUnsupported
+from agent.contract.errors import CommandFailed, DeviceBusy, DeviceFailed, KernelLacks, LayoutUnsupported
 from agent.contract.identity import BLOCK_BYTES, FilesystemKind
 from agent.system import block
 from agent.system.clock import wait_until
@@ -111,6 +111,32 @@ def mount(device: Path, mount_point: Path, kind: FilesystemKind, *, read_only: b
     if read_only and not _is_read_only(device):
         raise DeviceFailed(f"{device} is writable", cause="even a read-only mount writes to it", fix="Attach it read-only.")
     run(["mount", "-n", "-t", str(kind), "-o", _OPTIONS[kind, read_only], str(device), str(mount_point)], timeout_s=_MOUNT_LIMIT_S)
+
+
+def grow(device: Path, mount_point: Path, kind: FilesystemKind) -> None:
+    """Let a mounted filesystem use all of its device; nothing happens where it does (resize2fs(8), xfs_growfs(8)).
+
+    KernelLacks where this process may not grow a mounted ext4 (it needs CAP_SYS_RESOURCE, which containers often lack).
+    """
+    if kind is FilesystemKind.XFS:
+        run(["xfs_growfs", "-d", str(mount_point)], timeout_s=_MOUNT_LIMIT_S)
+        return
+    output = run(["resize2fs", str(device)], ok=(0, 1), timeout_s=_MOUNT_LIMIT_S)
+    if output.status:
+        words = output.stderr.decode("utf-8", "replace").strip()
+        if "Permission denied" in words:
+            raise KernelLacks(
+                "a mounted ext4 may not be grown here",
+                cause=words,
+                fix="`landfall unserve`, `landfall volume grow` again, `landfall serve`.",
+            )
+        raise CommandFailed(f"resize2fs {device} ended with status {output.status}", cause=words)
+
+
+def grow_ext4(device: Path) -> None:
+    """Let an ext4 that is not mounted, and was unmounted cleanly, use all of its device; it is checked first, as resize2fs(8) wants."""
+    run(["e2fsck", "-f", "-p", str(device)], ok=(0, 1), timeout_s=_MOUNT_LIMIT_S)
+    run(["resize2fs", str(device)], timeout_s=_MOUNT_LIMIT_S)
 
 
 def remount(mount_point: Path, *, read_only: bool) -> None:

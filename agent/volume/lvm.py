@@ -126,6 +126,11 @@ def retag(of: Group, volume: LogicalVolume, *, add: Sequence[str] = (), drop: Se
     _change(["lvchange", *_options("--deltag", drop), *_options("--addtag", add), f"{of.name}/{volume.name}"], of)
 
 
+def extend(of: Group, volume: LogicalVolume, size_bytes: int) -> None:
+    """Give a logical volume more room."""
+    _change(["lvextend", "--size", f"{size_bytes}b", f"{of.name}/{volume.name}"], of)
+
+
 def change(of: Group, name: str, *arguments: str) -> None:
     """Change one property of a logical volume."""
     _change(["lvchange", *arguments, f"{of.name}/{name}"], of)

@@ -165,6 +165,31 @@ class LvmThinSubstrate:
             self._sweep()
         failpoint("substrate.remove.after")
 
+    def grow(self, volume: UUID, size_bytes: int) -> None:
+        """Let every thin volume of a volume be larger, by what was never written at its end. LayoutUnsupported for less, or for part of
+        an extent.
+
+        The tag on g0 goes last: if we die before it, asked again, the rest is done.
+        """
+        with self._locked():
+            record, empty = self._volume(self._held(), volume)
+            if size_bytes < record.size_bytes or size_bytes % self.group.extent_bytes:
+                raise LayoutUnsupported(
+                    f"volume {record.name} cannot have {size_bytes} bytes",
+                    cause=f"it has {record.size_bytes}, in extents of {self.group.extent_bytes}",
+                    fix=f"Name more than it has, and a multiple of {self.group.extent_bytes}.",
+                )
+            failpoint("substrate.grow.before")
+            for found in _all_of(self._held(), volume):
+                if found.size_bytes < size_bytes:
+                    lvm.extend(self.group, found, size_bytes)
+                mapper.resize(found.uuid, size_bytes)
+            failpoint("substrate.grow.half")
+            was, now = tags.volume_tag(record), tags.volume_tag(replace(record, size_bytes=size_bytes))
+            if was != now:
+                lvm.retag(self.group, empty, drop=[was], add=[now])
+        failpoint("substrate.grow.after")
+
     def set_role(self, volume: UUID, role: Role, epoch: int) -> None:
         """Record the role and epoch in one commit."""
         with self._locked():

@@ -79,6 +79,16 @@ def refuse_in_use(lv_uuid: str, what: str, *, writers_only: bool = False) -> Non
         raise DeviceBusy(f"{what} is attached or mounted", cause=f"{', '.join(map(str, _devices(_OURS + lv_uuid)))}")
 
 
+def resize(lv_uuid: str, size_bytes: int) -> None:
+    """Let every device of ours over a thin volume have the size that the volume has now, whoever uses it."""
+    for device in _devices(f"{_OURS}{lv_uuid}-"):
+        name = (_SYS / device.name / "dm" / "name").read_text().strip()
+        _, _, *rest = dmsetup(["table", name]).text.split()
+        read_only = ("--readonly",) if (_SYS / device.name / "ro").read_text().strip() == "1" else ()
+        dmsetup(["reload", name, *read_only, "--table", " ".join(["0", str(size_bytes // _SECTOR_BYTES), *rest])])
+        dmsetup(["resume", name])
+
+
 def is_device_of(number: tuple[int, int], lv_uuid: str) -> bool:
     """Whether the block device (major, minor) is one of ours over a logical volume."""
     return _identity(Path(f"/sys/dev/block/{number[0]}:{number[1]}")).startswith(f"{_OURS}{lv_uuid}-")

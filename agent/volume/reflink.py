@@ -42,11 +42,14 @@ from agent.system.failpoint import failpoint
 from agent.volume import extents
 from agent.volume.freeze import frozen, sync_mounted, thaw_if_frozen
 from agent.volume.loop import attach, backs, lock, open_image
-from agent.volume.mounts import mount_on, mounts
+from agent.volume.mounts import Mount, mount_on, mounts
 from agent.volume.pool import Pool, said_plainly
 from agent.volume.records import image_mtime_ns, read_record, write_record
 from agent.volume.snapshot import catch_up, clone_ahead
 from agent.volume.substrate import ChangedRuns, VolumeRecord, Workspace, WorkspaceKind
+
+_GROWING = "growing"
+"""The size that a volume is to have, as long as not all of it has that."""
 
 T = TypeVar("T", VolumeRecord, GenerationFacts)
 
@@ -159,6 +162,30 @@ class ReflinkSubstrate:
         finally:
             for image_fd in held:
                 os.close(image_fd)
+
+    def grow(self, volume: UUID, size_bytes: int) -> None:
+        """Let every image of a volume be larger, by a hole at its end, and the volume with them. LayoutUnsupported for less.
+
+        What is to be done is written down first, so if we die here ``recover`` does it. An image that has neither the old nor the new
+        size is left as it is. No generation's time of modification changes: it tells whether somebody wrote to it.
+        """
+        record = self._record(volume)
+        if size_bytes < record.size_bytes or size_bytes % BLOCK_BYTES:
+            raise LayoutUnsupported(
+                f"volume {record.name} cannot have {size_bytes} bytes: it has {record.size_bytes}, in blocks of {BLOCK_BYTES}",
+                fix=f"Name more than it has, and a multiple of {BLOCK_BYTES}.",
+            )
+        with said_plainly(f"growing volume {record.name}"):
+            files.write_durably(self._folder(volume) / _GROWING, str(size_bytes).encode())
+            failpoint("substrate.grow.before")
+            self._finish_growing(self._folder(volume))
+            failpoint("substrate.grow.after")
+            for mount in self._mounts_of(self._folder(volume) / "operational.img"):
+                device_fd = os.open(mount.source, os.O_RDWR | os.O_CLOEXEC)
+                try:
+                    block.follow_loop(device_fd)
+                finally:
+                    os.close(device_fd)
 
     def set_role(self, volume: UUID, role: Role, epoch: int) -> None:
         """Record the role and epoch durably."""
@@ -366,6 +393,8 @@ class ReflinkSubstrate:
                     if path.suffix in {".img", ".json"} and path.stem not in whole:
                         path.unlink()
                 files.sync_directory(folder / "generations")
+                with suppress(LandfallError):  # a record that cannot be read
+                    self._finish_growing(folder)
 
     # --- steps ---
 
@@ -437,13 +466,38 @@ class ReflinkSubstrate:
             files.rename_durably(new, destination)
         failpoint(f"substrate.{step}.after")
 
+    def _finish_growing(self, folder: Path) -> None:
+        """Do what was written down by ``grow``; nothing if nothing was."""
+        try:
+            size_bytes = int((folder / _GROWING).read_bytes())
+        except FileNotFoundError:
+            return
+        record = read_record(folder / "volume.json", VolumeRecord)
+        for image in (*folder.glob("*.img"), *folder.glob("*/*.img")):
+            image_fd = open_image(image, writable=True)
+            try:
+                about = os.fstat(image_fd)
+                if about.st_size == record.size_bytes:
+                    os.truncate(image_fd, size_bytes)
+                    os.utime(image_fd, ns=(about.st_atime_ns, about.st_mtime_ns))
+                    os.fsync(image_fd)
+            finally:
+                os.close(image_fd)
+        failpoint("substrate.grow.half")
+        write_record(folder / "volume.json", replace(record, size_bytes=size_bytes))
+        files.remove_durably(folder / _GROWING)
+
     def _thaw(self, operational: Path) -> None:
         """Thaw every mount of an operational image that a dead freezer left frozen."""
+        for mount in self._mounts_of(operational):
+            thaw_if_frozen(mount.mount_point)
+
+    @staticmethod
+    def _mounts_of(operational: Path) -> list[Mount]:
         if not operational.exists():
-            return
-        for mount in mounts():
-            if mount.source.startswith("/dev/loop") and Path(mount.source).exists() and backs(Path(mount.source), operational):
-                thaw_if_frozen(mount.mount_point)
+            return []
+        loops = (mount for mount in mounts() if mount.source.startswith("/dev/loop") and Path(mount.source).exists())
+        return [mount for mount in loops if backs(Path(mount.source), operational)]
 
 
 def _readable(paths: Iterable[Path], kind: type[T]) -> list[T]:

@@ -1,4 +1,4 @@
-"""What keeps a pair fit for the bad night: check, verify."""
+"""What keeps a pair fit for the bad night: check, verify, restore."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from agent.contract.errors import CheckFailed, ReplicaDiffers
+from agent.contract.errors import CheckFailed, ReplicaDiffers, RestoreIncomplete
 from agent.contract.messages import to_document
 from mgmt.cli.place import Place, as_json_option, at_place, volume_argument, want, yes_option
 
@@ -71,6 +71,52 @@ def verify(place: Place, volume: str, generation: str | None, heal: bool, trust:
     if not found.clean:
         raise ReplicaDiffers(f"{found.generation.name} of volume {found.volume}: {_sentence(found)}", fix=_fix(found))
     say(f"{found.generation.name} is equal on both nodes, {found.blocks:,} blocks compared{_mended(found)}.")
+
+
+@click.command()
+@volume_argument
+@click.argument("paths", nargs=-1, required=True, metavar="PATH...")
+@click.option("--generation", required=True, help="From which, by name; `landfall status` shows the newest.")
+@click.option("--to", "folder", metavar="DIR", help="Beneath this folder of the volume [.landfall-restored/GENERATION].")
+@click.option("--in-place", is_flag=True, help="In place of what is there now.")
+@click.option("--node", help="Which node; without it, the one that serves the volume.")
+@yes_option
+@as_json_option
+@at_place
+def restore(
+    place: Place,
+    volume: str,
+    paths: tuple[str, ...],
+    generation: str,
+    folder: str | None,
+    in_place: bool,
+    node: str | None,
+    yes: bool,
+    as_json: bool,
+) -> None:
+    """Bring files back from a generation of VOLUME, directories with all below them, while clients use the volume.
+
+    PATHs are relative to the volume's root. Each file is replaced in one step.
+    """
+    from mgmt import run
+    from mgmt.terminal import Sheet, say, show, show_json
+    from mgmt.view import bytes_words
+
+    if in_place and folder is not None:
+        raise click.UsageError("--to and --in-place exclude each other")
+    beneath = "" if in_place else folder or f".landfall-restored/{generation}"
+    if in_place:
+        want(yes, f"Replace {', '.join(paths)} of volume {volume} by what {generation} has?")
+    with place.site() as site:
+        done = run.restore(site, volume, generation, paths, folder=beneath, node=node)
+    if as_json:
+        show_json({**to_document(done), "folder": beneath})
+        click.get_current_context().exit(RestoreIncomplete.exit_code if done.refused else 0)
+    where = f"beneath {beneath}" if beneath else "in place"
+    say(f"{done.files:,} files ({bytes_words(done.bytes)}) of {generation} are restored {where}.")
+    if done.refused:
+        show([Sheet(("not restored", "because"), tuple((refused.path, refused.reason) for refused in done.refused))])
+        raise RestoreIncomplete(f"{len(done.refused)} files of {generation} are not restored")
 
 
 def _sheets(found: Verified) -> list[Sheet]:

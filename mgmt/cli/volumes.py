@@ -190,6 +190,22 @@ def volume_set(
         say(f"Volume {entry.name} has its policy.")
 
 
+@volume.command("grow")
+@volume_argument
+@click.option("--size", type=Size(), required=True, help="What it is to have then, such as 4T.")
+@as_json_option
+@at_place
+def volume_grow(place: Place, volume: str, size: int, as_json: bool) -> None:
+    """Make VOLUME larger on both nodes, and its filesystem, while clients use it. The next replicate goes on from the same base."""
+    from mgmt import run
+    from mgmt.terminal import say, show_json
+    from mgmt.view import bytes_words
+
+    with place.site() as site:
+        facts = run.grow_volume(site, volume, size)
+    show_json(to_document(facts)) if as_json else say(f"Volume {facts.name} has {bytes_words(facts.size_bytes)} now.")
+
+
 @volume.command("remove")
 @volume_argument
 @click.option("--without", metavar="NODE", help="Do not ask this node, which is gone for good; what it holds stays there.")

@@ -6,6 +6,7 @@ notices       notifications fetched, stored, acknowledged
 retention     generations let go, and held
 replication   a generation, its differential, a transfer, resumed while both nodes live; discard
 removal       the end of a volume
+restoring     single files from a generation
 standing      how a volume stands: both sides' facts, open transfers with their gauge
 preflight     everything that must be right before the bad night
 verification  both copies of a generation compared, and made equal
@@ -16,13 +17,14 @@ from mgmt.run.notices import collect, wait_for_failure
 from mgmt.run.preflight import CheckState, Finding, preflight, worst
 from mgmt.run.removal import remove_volume
 from mgmt.run.replication import Prepared, Replicated, discard, prepare, replicate
+from mgmt.run.restoring import restore
 from mgmt.run.retention import hold, release_hold
 from mgmt.run.salvage import Salvage, newest_statement, undo, verdicts
 from mgmt.run.salvage import salvage as salvage_volume
 from mgmt.run.site import Site, Teller
 from mgmt.run.standing import NodeView, Standing, gauge_of, standing
 from mgmt.run.verification import Damage, Verified, verify
-from mgmt.run.volumes import add_volume, list_volumes, move_address, serve, set_volume, unserve
+from mgmt.run.volumes import add_volume, grow_volume, list_volumes, move_address, serve, set_volume, unserve
 
 __all__ = [
     "CheckState",
@@ -40,6 +42,7 @@ __all__ = [
     "collect",
     "discard",
     "gauge_of",
+    "grow_volume",
     "hold",
     "list_volumes",
     "move_address",
@@ -49,6 +52,7 @@ __all__ = [
     "release_hold",
     "remove_volume",
     "replicate",
+    "restore",
     "salvage_volume",
     "serve",
     "set_volume",

@@ -7,7 +7,7 @@ from typing import Any
 from uuid import UUID, uuid4
 
 from agent.contract import messages as m
-from agent.contract.errors import LandfallError, NodeUnreachable, NoSuchVolume, NotPrimary, VolumeExists
+from agent.contract.errors import LandfallError, LayoutUnsupported, NodeUnreachable, NoSuchVolume, NotPrimary, TransferBusy, VolumeExists
 from agent.contract.identity import FilesystemKind, GenerationKind, volume_name
 from mgmt.catalog import VolumeEntry
 from mgmt.determination import Policy
@@ -62,6 +62,28 @@ def add_volume(
     if address:
         one.ask(m.TakeAddress(entry.id, address))
     other.ask(m.AdmitReplica(entry.id, name, filesystem, size_bytes, sector_bytes))
+    return facts
+
+
+def grow_volume(site: Site, name: str, size_bytes: int) -> m.VolumeFacts:
+    """Return the volume as its primary has it, larger on both nodes; its filesystem too.
+
+    The secondary grows first: a larger copy of a smaller volume can wait, the other way round nothing could be received. If we die
+    here, the same command does the rest. TransferBusy while a transfer is open, LayoutUnsupported for less than it has.
+    """
+    entry = site.catalog.volume(name)
+    if size_bytes < entry.size_bytes:
+        raise LayoutUnsupported(
+            f"volume {name} has {entry.size_bytes} bytes and does not shrink", fix="Make a smaller volume and copy the files."
+        )
+    nodes = (site.node(entry.secondary), site.node(entry.primary))
+    for node in nodes:
+        facts_of(node, entry.id)
+        for transfer in node.ask(m.ListTransfers()).transfers:
+            if transfer.volume == entry.id and transfer.state not in {m.TransferState.COMMITTED, m.TransferState.SALVAGED}:
+                raise TransferBusy(f"transfer {transfer.id} has the old size", fix=f"`landfall replicate {name}`, then grow it.")
+    _, facts = [node.ask(m.GrowVolume(entry.id, size_bytes)) for node in nodes]
+    site.catalog.grow_volume(entry.id, size_bytes)
     return facts
 
 

@@ -418,6 +418,26 @@ def end_dies(case: Case, point: str, differential: m.Differential) -> None:
         release(nas2)
 
 
+def grow_dies(case: Case, point: str, differential: m.Differential) -> None:
+    """NAS 2 dies when a volume grows: it has one size afterwards, and asked again, the new one."""
+    pair, volume = case.fresh(), case.base.volume
+    nas2, size = pair.nas2, SIZES[case.filesystem] + (32 << 20)
+    try:
+        nas2.start_armed(point)
+        expect_death(nas2, lambda: nas2.ask(m.GrowVolume(volume, size)), point)
+        nas2.start()
+        _nothing_new(nas2)
+        images = list((nas2.folder / "pool" / "volumes" / str(volume)).rglob("*.img"))
+        (facts,) = nas2.ask(m.ListVolumes()).volumes
+        assert {image.stat().st_size for image in images} == {facts.size_bytes}
+        assert not nas2.ask(m.ExamineGeneration(case.base)).written
+        assert nas2.ask(m.GrowVolume(volume, size)).size_bytes == size
+        assert {image.stat().st_size for image in images} == {size}
+    finally:
+        nas2.kill()
+        release(nas2)
+
+
 def drop_dies(case: Case, point: str, differential: m.Differential) -> None:
     """NAS 1 dies when a generation is let go: it is held whole, or not at all."""
     pair = case.fresh()

@@ -131,6 +131,7 @@ DEMOTE = (
     "demote.after_role",
 )
 CREATE = ("substrate.create.before", "substrate.create.before_rename", "substrate.create.after")
+GROW = ("substrate.grow.before", "substrate.grow.half", "substrate.grow.after")
 END = ("remove.before_records", "remove.after_records")
 REMOVE = ("substrate.remove.before", "substrate.remove.renamed", "substrate.remove.after")
 
@@ -138,6 +139,7 @@ FAILPOINTS: tuple[tuple[Phase, tuple[str, ...]], ...] = (
     (phases.create_dies, CREATE),
     (phases.remove_dies, REMOVE),
     (phases.end_dies, END),
+    (phases.grow_dies, GROW),
     (phases.take_dies, TAKE),
     (phases.drop_dies, DROP),
     (phases.build_dies, BUILD),

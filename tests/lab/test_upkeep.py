@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import sys
@@ -13,6 +14,7 @@ from typing import TypeVar
 
 import pytest
 
+from agent.contract import messages as m
 from agent.contract.errors import NoSuchGeneration, RequestRefused
 from agent.contract.identity import BLOCK_BYTES, FilesystemKind, GenerationId
 from agent.system.run import run as start_program
@@ -250,3 +252,118 @@ def test_a_volume_is_removed_from_both_nodes_and_not_while_it_is_used(lab: Lab) 
         assert listing == ""
     made(lab, "ending")
     replicated(lab, "ending")
+
+
+def may_grow_mounted_ext4() -> bool:
+    """Whether this process has CAP_SYS_RESOURCE, bit 24."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("CapEff:"))
+    return bool(int(line.split()[1], 16) >> 24 & 1)
+
+
+@pytest.mark.parametrize("filesystem", FilesystemKind)
+def test_E20_a_volume_grows_under_its_clients_and_the_next_differential_has_the_base_it_had(lab: Lab, filesystem: FilesystemKind) -> None:
+    name = f"grown-{filesystem}"
+    root, small = made(lab, name, filesystem), SIZES[filesystem]
+    write(lab, root, "before", os.urandom(8 << 20))
+    first = replicated(lab, name)
+    large, room = small + (64 << 20), ["df", "-B1", "--output=size", str(root)]
+    before = int(start_program(lifecycle.inside(lab, NAS1, room)).text.split()[-1])
+    assert "does not shrink" in command(lab, "volume", "grow", name, "--size", str(small - (1 << 20)), "--json", expect=27)
+    grow = ("volume", "grow", name, "--size", str(large), "--json")
+    if filesystem is FilesystemKind.EXT4 and not may_grow_mounted_ext4():
+        assert "unserve" in command(lab, *grow, expect=50)
+        command(lab, "unserve", name)
+        assert json.loads(command(lab, *grow))["size_bytes"] == large
+        command(lab, "serve", name, "--node", NAS1)
+    else:
+        assert json.loads(command(lab, *grow))["size_bytes"] == large
+    assert int(start_program(lifecycle.inside(lab, NAS1, room)).text.split()[-1]) > before + (48 << 20)
+    content = os.urandom(1 << 20)
+    write(lab, root, "filler", bytes(small // 2))
+    for number in range(4):
+        write(lab, root, f"after {number}", content)
+    done = managed(lab, lambda site: run.replicate(site, name))
+    assert done.base == first, "growing costs no full replication"
+    assert managed(lab, lambda site: run.verify(site, name)).clean
+    opened = managed(lab, lambda site: site.node(NAS2).ask(m.OpenGeneration(done.target)).path)
+    try:
+        assert digest(lab, NAS2, f"{opened}/after 3").split()[0] == hashlib.sha256(content).hexdigest()
+    finally:
+        managed(lab, lambda site: site.node(NAS2).ask(m.CloseGeneration(done.target)))
+    if filesystem is FilesystemKind.XFS:
+        command(lab, *grow)
+
+
+FILES = """
+import os, sys
+os.chdir(sys.argv[1])
+os.makedirs("folder/below")
+os.chmod("folder", 0o2750)
+open("folder/below/file", "w").write("first")
+with open("folder/sparse", "wb") as file:
+    file.truncate(1 << 20)
+    file.seek(1 << 19)
+    file.write(b"data")
+os.symlink("/etc/passwd", "folder/link")
+os.mkfifo("folder/fifo")
+os.setxattr("folder/below/file", "user.tag", b"kept")
+os.chown("folder/below/file", 1234, 2345)
+os.utime("folder/below/file", ns=(1, 1_000_000_007))
+open("alone", "w").write("first")
+os.sync()
+"""
+SPOIL = """
+import os, shutil, sys
+os.chdir(sys.argv[1])
+shutil.rmtree("folder")
+open("alone", "w").write("second")
+os.mkdir("outside")
+os.symlink("outside", "folder")
+os.sync()
+"""
+STATE = """
+import os, sys
+os.chdir(sys.argv[1])
+for root, folders, files in os.walk("."):
+    for name in sorted(folders + files):
+        path = os.path.join(root, name)
+        about = os.lstat(path)
+        link = os.readlink(path) if os.path.islink(path) else ""
+        tag = os.getxattr(path, "user.tag").decode() if "user.tag" in os.listxattr(path, follow_symlinks=False) else ""
+        print(path, oct(about.st_mode), about.st_uid, about.st_gid, about.st_mtime_ns if name == "file" else "", link, tag, sep="|")
+"""
+
+
+def test_single_files_come_back_to_the_side_and_in_place_and_nowhere_else(lab: Lab) -> None:
+    root = made(lab, "single")
+
+    def program(script: str, folder: Path = root) -> list[str]:
+        return start_program(lifecycle.inside(lab, NAS1, [sys.executable, "-c", script, str(folder)])).text.splitlines()
+
+    program(FILES)
+    before = {line for line in program(STATE) if "lost+found" not in line}
+    generation = replicated(lab, "single").name
+    program(SPOIL)
+    aside = ("restore", "single", "--generation", generation, "--json")
+    done = json.loads(command(lab, *aside, "folder", "alone", "nobody", expect=92))
+    assert (done["files"], [refused["path"] for refused in done["refused"]]) == (5, ["nobody"])
+    assert set(program(STATE, root / ".landfall-restored" / generation)) == before
+    assert start_program(lifecycle.inside(lab, NAS1, ["cat", str(root / "alone")])).text == "second"
+
+    # What is a link in the volume now leads nowhere: neither a parent nor the folder to put things in may be one.
+    done = json.loads(command(lab, *aside, "--in-place", "--yes", "folder/below/file", "folder", expect=92))
+    assert {refused["path"] for refused in done["refused"]} == {"folder/below/file", "folder"}
+    assert json.loads(command(lab, *aside, "--to", "folder", "alone", expect=92))["files"] == 0
+    assert start_program(lifecycle.inside(lab, NAS1, ["find", str(root / "outside"), "-mindepth", "1"])).text == ""
+    for path in ("../alone", "/etc/passwd", "folder/../../x", ""):
+        command(lab, *aside, "--", path, expect=53)
+
+    command(lab, *aside, "--in-place", "--yes", "alone")
+    assert start_program(lifecycle.inside(lab, NAS1, ["cat", str(root / "alone")])).text == "first"
+    start_program(lifecycle.inside(lab, NAS1, ["rm", str(root / "folder")]))
+    command(lab, *aside, "--in-place", "--yes", "folder/below/file")
+    assert {line for line in program(STATE) if line.startswith(("./folder|", "./folder/below"))} == {
+        line for line in before if line.startswith(("./folder|", "./folder/below"))
+    }
+    command(lab, "restore", "single", "--generation", "g9", "alone", expect=33)
+    command(lab, "restore", "single", "--generation", generation, "--node", NAS2, "alone", expect=25)

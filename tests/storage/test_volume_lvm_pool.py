@@ -10,7 +10,7 @@ from uuid import uuid4
 
 import pytest
 
-from agent.contract.errors import BaseMismatch, FailpointHit, NoSpace, NotOurs, ProgramMissing
+from agent.contract.errors import BaseMismatch, FailpointHit, LayoutUnsupported, NoSpace, NotOurs, ProgramMissing
 from agent.contract.identity import BLOCK_BYTES, GenerationKind, empty_generation
 from agent.contract.messages import Role
 from agent.system.clock import wait_until
@@ -84,6 +84,26 @@ def test_B12_tags_that_cannot_be_read_hide_nothing_and_nothing_of_theirs_is_swep
     assert len(lvm.volumes(substrate.group)) == before
     lvm.retag(substrate.group, g0, drop=[tag.replace("/1/", "/9/", 1)], add=[tag])
     assert len(substrate.generations(volume.id)) == 2
+
+
+def test_E20_a_volume_grows_by_zeros_while_it_is_used(substrate: LvmThinSubstrate) -> None:
+    volume = record()
+    substrate.create(volume)
+    base = taken(substrate, volume.id, {1: block_of("base")}).id
+    size = volume.size_bytes + 2 * substrate.group.extent_bytes
+    with substrate.operational(volume.id) as device:
+        substrate.grow(volume.id, size)
+        write(device, size // BLOCK_BYTES - 1, block_of("at the new end"))
+    assert [held.size_bytes for held in substrate.volumes()] == [size]
+    substrate.grow(volume.id, size)
+    target = facts_after(substrate, volume.id)
+    substrate.take(volume.id, None, target)
+    assert size // BLOCK_BYTES - 1 in blocks_of(substrate.changed(base, target.id))
+    with substrate.reading(base) as device:
+        assert read(device, size // BLOCK_BYTES - 1) == bytes(BLOCK_BYTES)
+    for wrong in (volume.size_bytes, size + BLOCK_BYTES):
+        with pytest.raises(LayoutUnsupported):
+            substrate.grow(volume.id, wrong)
 
 
 def test_E6_E7_nothing_is_begun_above_a_limit(substrate: LvmThinSubstrate) -> None:

@@ -7,7 +7,7 @@ noun; unknown or missing keys are refused on both sides. ``term`` counts managem
 it has heard, and lets lower ones only look. A class's docstring begins with its verb.
 
 node         who answers, its health and devices, the path to its peer, its outbox
-generations  facts of them; take, drop, open, close; examine, digests, owners
+generations  facts of them; take, drop, open, close, restore; examine, digests, owners
 volumes      facts of them; create, admit, list
 serving      promote, serve, unserve, demote
 transfers    build, mend, receive, send, list, fetch, discard
@@ -31,6 +31,9 @@ from agent.contract.messages.generations import (
     OpenGeneration,
     OwnedBlocks,
     Owners,
+    RefusedPath,
+    Restored,
+    RestoreFiles,
     TakeGeneration,
     Taken,
     newest,
@@ -92,6 +95,7 @@ from agent.contract.messages.transfers import (
 from agent.contract.messages.volumes import (
     AdmitReplica,
     CreateVolume,
+    GrowVolume,
     ListVolumes,
     RemoveVolume,
     ReplicaState,
@@ -134,6 +138,7 @@ __all__ = [
     "FileOutcome",
     "FindOwners",
     "GenerationFacts",
+    "GrowVolume",
     "Health",
     "Hello",
     "ListDevices",
@@ -156,8 +161,11 @@ __all__ = [
     "PromoteVolume",
     "ReadOutbox",
     "ReceiveTransfer",
+    "RefusedPath",
     "RemoveVolume",
     "ReplicaState",
+    "RestoreFiles",
+    "Restored",
     "Role",
     "Salvaged",
     "SendTransfer",
@@ -191,6 +199,7 @@ VERBS: Final[dict[str, tuple[type[Any], type[Any]]]] = {
     "devices": (ListDevices, Devices),
     "volume.create": (CreateVolume, VolumeFacts),
     "volume.admit": (AdmitReplica, VolumeFacts),
+    "volume.grow": (GrowVolume, VolumeFacts),
     "volume.remove": (RemoveVolume, Done),
     "volume.list": (ListVolumes, Volumes),
     "volume.promote": (PromoteVolume, VolumeFacts),
@@ -201,6 +210,7 @@ VERBS: Final[dict[str, tuple[type[Any], type[Any]]]] = {
     "generation.drop": (DropGeneration, Done),
     "generation.open": (OpenGeneration, Opened),
     "generation.close": (CloseGeneration, Done),
+    "generation.restore": (RestoreFiles, Restored),
     "generation.examine": (ExamineGeneration, Examined),
     "generation.digests": (FetchDigests, Blob),
     "generation.owners": (FindOwners, Owners),

@@ -59,6 +59,35 @@ class Opened:
 
 
 @dataclass(frozen=True, slots=True)
+class RestoreFiles:
+    """generation.restore: copy files, directories with all below them, from a generation into the volume that this node serves.
+
+    Paths (surrogateescape) are relative to the root; they come to lie beneath ``folder``, or in place where that is empty.
+    """
+
+    generation: GenerationId
+    paths: tuple[str, ...]
+    folder: str
+
+
+@dataclass(frozen=True, slots=True)
+class RefusedPath:
+    """A path that was not restored, and why."""
+
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """Answer to generation.restore."""
+
+    files: int
+    bytes: int
+    refused: tuple[RefusedPath, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class ExamineGeneration:
     """generation.examine: what there is to compare of a generation."""
 

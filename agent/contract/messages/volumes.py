@@ -72,6 +72,14 @@ class ListVolumes:
 
 
 @dataclass(frozen=True, slots=True)
+class GrowVolume:
+    """volume.grow: let the volume be larger; a primary's filesystem too, while it is served. Asked again, what is missing is done."""
+
+    volume: UUID
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class RemoveVolume:
     """volume.remove: destroy everything this node holds of a volume that it does not serve and of which no transfer is open."""
 
