@@ -10,6 +10,9 @@ from typing import Any, Final
 from agent.contract.errors import ConfigInvalid, NameRefused
 from agent.contract.identity import plain_name
 
+LEAST_MARGIN_S: Final = 10.0
+"""A node begins to give a volume up so long before its lease ends; the steps have half of that, and 5 s are left."""
+
 SUBSTRATES: Final = ("reflink", "lvm-thin")
 
 
@@ -31,6 +34,8 @@ class Config:
     substrate: str = "reflink"
     volume_group: str = ""
     metrics_textfile: str = ""
+    service_interface: str = ""
+    lease_margin_s: float = LEAST_MARGIN_S
 
 
 def read_config(path: Path) -> Config:
@@ -62,6 +67,8 @@ def read_config(path: Path) -> Config:
         raise ConfigInvalid(f"{path}: substrate is {config.substrate}, it must be one of {', '.join(SUBSTRATES)}")
     if (config.substrate == "lvm-thin") != bool(config.volume_group):
         raise ConfigInvalid(f"{path}: volume_group is named if and only if substrate is lvm-thin")
+    if config.lease_margin_s < (0.5 if config.lab else LEAST_MARGIN_S):
+        raise ConfigInvalid(f"{path}: lease_margin_s is {config.lease_margin_s:g}, it must be {LEAST_MARGIN_S:g} or more")
     return config
 
 

@@ -213,7 +213,7 @@ class Catalog:
 
     def grow_volume(self, volume: UUID, size_bytes: int) -> None:
         """Record a volume's new size."""
-        with self._change() as db:
+        with self.change() as db:
             db.execute("UPDATE volume SET size_bytes = ? WHERE id = ?", (size_bytes, str(volume)))
 
     def forget_volume(self, volume: UUID) -> None:

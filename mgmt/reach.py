@@ -118,13 +118,22 @@ class Node:
     @overload
     def ask(self, arguments: m.DemoteVolume, on_progress: OnProgress | None = ..., *, limit_s: float | None = ...) -> m.Demoted: ...
     @overload
+    def ask(self, arguments: m.RenewLease, on_progress: OnProgress | None = ..., *, limit_s: float | None = ...) -> m.Lease: ...
+    @overload
     def ask(self, arguments: m.ProbePeer, on_progress: OnProgress | None = ..., *, limit_s: float | None = ...) -> m.Probed: ...
     @overload
     def ask(self, arguments: m.ReadOutbox, on_progress: OnProgress | None = ..., *, limit_s: float | None = ...) -> m.Outbox: ...
     @overload
     def ask(
         self,
-        arguments: m.RemoveVolume | m.DropGeneration | m.CloseGeneration | m.DiscardTransfer | m.UndoSalvage | m.AcknowledgeOutbox,
+        arguments: m.RemoveVolume
+        | m.DropGeneration
+        | m.CloseGeneration
+        | m.DiscardTransfer
+        | m.UndoSalvage
+        | m.AcknowledgeOutbox
+        | m.TakeAddress
+        | m.DropAddress,
         on_progress: OnProgress | None = ...,
         *,
         limit_s: float | None = ...,

@@ -134,6 +134,7 @@ socket = "{AGENT_SOCKET}"
 mount_dir = "{NODE_ROOT}/srv"
 replication_address = "{node.address}"
 lab = true
+lease_margin_s = 2.0
 {on_group if substrate is not LabSubstrate.REFLINK else ""}"""
 
 

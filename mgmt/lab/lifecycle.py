@@ -123,9 +123,10 @@ def down(lab: Lab) -> Outcome:
 def kill(lab: Lab, node: NodeName) -> Outcome:
     """Guarantee that the node is dead, as if its plug had been pulled; its disks stay as they are."""
     _require_up(lab)
-    ran = remains.clear_node(lab, node)
+    did = remains.clear_node(lab, node)
+    network.forget_services(lab, node)
     _switch(lab, off=frozenset({node}))  # its namespace stays, and the kernel would still refuse connections in its name
-    return Outcome.DONE if ran else Outcome.ALREADY
+    return Outcome.DONE if did else Outcome.ALREADY
 
 
 def start_node(lab: Lab, node: NodeName) -> Outcome:
@@ -202,8 +203,6 @@ def _make_pool(lab: Lab, node: NodeName, marker: Marker) -> None:
 
 def _boot(lab: Lab, nodes: list[NodeName]) -> None:
     """Start the nodes side by side, and return when every service of them can be spoken to."""
-    for node in nodes:
-        network.forget_addresses(lab, node)
     _switch(lab, on=frozenset(nodes))
     booting = [(node, _spawn(lab, node)) for node in nodes]
     for node, child in booting:

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import os
 from functools import partial
+from ipaddress import ip_address
 from pathlib import Path
 
 from pyroute2 import IPRoute
@@ -51,17 +52,18 @@ def apply_cuts(lab: Lab, cut: frozenset[Pair], off: frozenset[NodeName]) -> None
         with_links(lab.namespace(node), _forget_neighbours)
 
 
-def forget_addresses(lab: Lab, node: NodeName) -> None:
-    """Leave a node the addresses it boots with: its namespace outlives it, and what it took since must not."""
+def forget_services(lab: Lab, node: NodeName) -> None:
+    """Take from a node's link what it was given while it ran: its namespace outlives it, and would answer for service addresses."""
+    own = {node.address, node.address6}
 
     def forget(links: IPRoute) -> None:
-        own = {node.address, node.address6}
-        for entry in list(links.get_addr(index=_index(links, LINK))):
-            address = entry.get("IFA_LOCAL") or entry.get("IFA_ADDRESS")
-            if address not in own and not str(address).startswith("fe80:"):
-                links.addr("del", index=entry["index"], address=address, prefixlen=entry["prefixlen"])
+        for found in list(links.get_addr(index=_index(links, LINK))):
+            address = found.get("address")
+            if address not in own and not ip_address(address).is_link_local:
+                links.addr("del", index=found["index"], address=address, prefixlen=found["prefixlen"])
 
-    with_links(lab.namespace(node), forget)
+    if os.path.ismount(NAMESPACES / lab.namespace(node)):
+        with_links(lab.namespace(node), forget)
 
 
 def present(lab: Lab) -> bool:
