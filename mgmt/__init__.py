@@ -4,6 +4,7 @@ inventory      the nodes, and how each is reached
 reach          SSH to a node's agent
 authority      certificates for both ends of a transfer
 determination  the verdict per file, from recorded facts alone
+losses         what kept loss statements say of a file
 report, view   the one account of what happened; tables, JSON and HTML are skins on it
 catalog        what is remembered of volumes, transfers, notifications and salvages
 fencing        the proof that a node cannot write any more

@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from agent.contract.messages import Outcome, from_document, to_document
+from mgmt.losses import rpo_of
 from mgmt.report import NOTHING_THERE, FileAccount, LossStatement
 
 STYLES = {
@@ -106,7 +107,7 @@ def plain_lines(statement: LossStatement) -> Iterator[str]:
         yield f"# {name}: {value}"
     yield f"# {summary(statement)}"
     for account in statement.accounts:
-        yield "\t".join((account.outcome, str(account.size_bytes), _path_of(account), visible(account.reason)))
+        yield "\t".join((account.outcome, str(account.size_bytes), path_of(account), visible(account.reason)))
 
 
 def table(statement: LossStatement, *, rows: int = 40) -> RenderableType:
@@ -159,7 +160,7 @@ def to_html(statement: LossStatement) -> str:
         broken_sets=[(visible(broken.name), broken.members, broken.not_whole) for broken in statement.broken_sets],
         words={outcome.value: WORDS[outcome] for outcome in Outcome},
         rows=[
-            (account.outcome.value, _path_of(account), account.size_bytes, account.kind, visible(account.reason), account.digest)
+            (account.outcome.value, path_of(account), account.size_bytes, account.kind, visible(account.reason), account.digest)
             for account in _worst_first(statement.accounts)
         ],
     )
@@ -186,11 +187,27 @@ def _facts(statement: LossStatement) -> Iterator[tuple[str, str]]:
             "atomic set not recovered",
             f"{visible(broken.name)}: {broken.not_whole} of {broken.members} changed files did not arrive whole",
         )
+    yield "RPO", _rpo_words(statement)
     yield "seconds", f"{seconds.detect:.1f} to detect, {seconds.determine:.1f} to determine, {seconds.recover:.1f} to recover"
     yield "by", f"{visible(around.operator)}, {moment(around.at_ns)}, Landfall {around.release}"
 
 
-def _path_of(account: FileAccount) -> str:
+def _rpo_words(statement: LossStatement) -> str:
+    rpo = rpo_of(statement)
+    others = "everything" if rpo.others_s is None else span(rpo.others_s)
+    return f"{span(rpo.recovered_s)} for recovered files, {others} for the others"
+
+
+def span(seconds: float) -> str:
+    """Return a length of time as people read it: ``12 s``, ``3.4 min``, ``5.6 h``, ``7.8 days``."""
+    for unit, length in (("days", 86400.0), ("h", 3600.0), ("min", 60.0)):
+        if seconds >= length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def path_of(account: FileAccount) -> str:
+    """Return every name of a file, made visible, with what it was called and where it is now if that is elsewhere."""
     shown = " = ".join(visible(path) or "/" for path in account.paths)
     if account.base_paths:
         shown += f" (was {' = '.join(visible(path) for path in account.base_paths)})"
@@ -212,7 +229,7 @@ def _lost_table(statement: LossStatement, rows: int) -> RenderableType:
     shown.add_column("why", no_wrap=True, overflow="ellipsis", ratio=4)
     for account in lost[:rows]:
         word = Text(WORDS[account.outcome], style=STYLES[account.outcome])
-        shown.add_row(word, bytes_words(account.size_bytes), Text(_path_of(account)), Text(visible(account.reason), style="dim"))
+        shown.add_row(word, bytes_words(account.size_bytes), Text(path_of(account)), Text(visible(account.reason), style="dim"))
     if len(lost) > rows:
         shown.add_row("...", "", Text(f"and {len(lost) - rows:,} more; --json and --html name every one"), "")
     return shown

@@ -326,6 +326,20 @@ class PathRefused(LandfallError):
     code, exit_code, retry, fix = "path-refused", 55, Retry.OPERATOR, "Check the path, its permissions and the room on its filesystem."
 
 
+class GenerationInvalid(LandfallError):
+    """A generation's snapshot ran out of room, and the kernel gave it up: its content is lost, and nothing read from it was used.
+
+    The volume that it was a snapshot of, and every other generation, are as they were.
+    """
+
+    code, exit_code, retry, fix = (
+        "generation-invalid",
+        66,
+        Retry.OPERATOR,
+        "Drop it, replicate from another generation that both nodes hold, and give snapshots more room (snapshot_percent; lvextend).",
+    )
+
+
 class EpochStale(LandfallError):
     """The order names another epoch than the node's own: somebody was promoted meanwhile, or the order is out of date. Nothing was done."""
 

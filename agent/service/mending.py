@@ -141,6 +141,6 @@ def _dmi(node: Node, record: VolumeRecord, target: m.GenerationFacts, arguments:
     }
     head = Head(
         arguments.transfer, empty_generation(record.id), target.id, 0, target.taken_ns, record.name, record.size_bytes, record.sector_bytes,
-        record.filesystem, (), 0, node.substrate.differential_identity,
+        record.filesystem, (), 0, node.substrate.differential_identity(empty_generation(record.id)),
     )  # fmt: skip
     return Dmi(head, **columns)

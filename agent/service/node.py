@@ -27,6 +27,7 @@ from agent.system.neighbour import Link
 from agent.transfer.store import TransferStore
 from agent.volume import filesystem
 from agent.volume.freeze import thaw_if_frozen
+from agent.volume.lvm_snapshot import LvmSnapshotSubstrate
 from agent.volume.lvm_thin import LvmThinSubstrate
 from agent.volume.reflink import ReflinkSubstrate
 from agent.volume.substrate import Substrate, VolumeRecord
@@ -55,11 +56,7 @@ class Node:
         for folder in (config.state_dir, config.run_dir, config.mount_dir):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.config = config
-        self.substrate: Substrate = (
-            LvmThinSubstrate.initialise(config.volume_group)
-            if config.substrate == LvmThinSubstrate.kind
-            else ReflinkSubstrate.initialise(config.pool_dir)
-        )
+        self.substrate = _substrate(config)
         self.store = TransferStore(config.state_dir / "transfers")
         self.outbox = Outbox(config.state_dir / "outbox")
         self.tenures = Tenures(config.run_dir / "tenure")
@@ -184,6 +181,16 @@ class Node:
         for running in list(self.receptions.values()):
             running.cancel()
         self.ending.set()
+
+
+def _substrate(config: Config) -> Substrate:
+    match config.substrate:
+        case LvmThinSubstrate.kind:
+            return LvmThinSubstrate.initialise(config.volume_group)
+        case LvmSnapshotSubstrate.kind:
+            return LvmSnapshotSubstrate(config.volume_group, snapshot_percent=config.snapshot_percent)
+        case _:
+            return ReflinkSubstrate.initialise(config.pool_dir)
 
 
 @contextmanager

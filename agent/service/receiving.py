@@ -206,7 +206,8 @@ def ready_landing(node: Node, transfer: TransferRecord, dmi: Dmi) -> None:
     landing = Workspace(transfer.base.volume, transfer.id, WorkspaceKind.LANDING)
     arrived = node.store.arrival(transfer.id, node.store.dmi_digest(transfer.id), dmi.piece_total).batches > 0
     if not arrived:
-        node.substrate.begin(landing, transfer.base)  # of one that is there nothing is recorded, so it is nobody's
+        room = int(dmi.block_count.sum(dtype=np.uint64)) * BLOCK_BYTES
+        node.substrate.begin(landing, transfer.base, room)  # of one that is there nothing is recorded, so it is nobody's
     elif not node.substrate.exists(landing):
         raise RecordMalformed("pieces are recorded as arrived and their landing volume is gone", fix="Discard the transfer.")
 
@@ -215,7 +216,7 @@ def _need_room(node: Node, transfer: TransferRecord, dmi: Dmi) -> None:
     """Raise NoSpace before the first piece is taken, if what is still to come has no room."""
     missing = (node.store.arrival(transfer.id, node.store.dmi_digest(transfer.id), dmi.piece_total).bits & Arrived.UPDATE) == 0
     coming = int(dmi.block_count[missing & (dmi.target_hole == 0)].sum(dtype=np.uint64)) * BLOCK_BYTES
-    free = node.substrate.free_bytes()
+    free = node.substrate.free_bytes(Workspace(transfer.base.volume, transfer.id, WorkspaceKind.LANDING))
     if free < coming:
         raise NoSpace(
             f"the pool has no room for transfer {transfer.id}", cause=f"{coming >> 20} MiB are to come, {free >> 20} MiB are free"

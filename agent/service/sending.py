@@ -60,6 +60,11 @@ def send_transfer(node: Node, arguments: m.SendTransfer, progress: ProgressCall)
     transfer = known_transfer(node, arguments.transfer, sending=True)
     with node.job(transfer.target.volume, "transfer.send"):
         node.store.set_state(transfer.id, m.TransferState.RUNNING)
+
+        def still_sound() -> None:
+            for generation in (transfer.base, transfer.target):
+                node.substrate.refuse_written(generation)
+
         try:
             with node.substrate.reading(transfer.target) as target, node.substrate.reading(transfer.base) as base:
                 sent = send(
@@ -79,6 +84,7 @@ def send_transfer(node: Node, arguments: m.SendTransfer, progress: ProgressCall)
                         silence_limit_s=arguments.silence_limit_s,
                         rate_limit_bytes_s=arguments.rate_limit_bytes_s,
                         progress=lambda said: progress(said.step, said.done, said.total),
+                        still_sound=still_sound,
                     )
                 )
         except BaseException:
@@ -105,7 +111,7 @@ def _build(node: Node, record: VolumeRecord, arguments: m.BuildTransfer) -> Dmi:
                 sector_bytes=record.sector_bytes,
                 filesystem=record.filesystem,
                 mkfs_arguments=filesystem.mkfs_arguments(target_view.device, record.filesystem),
-                differential_volume=node.substrate.differential_identity,
+                differential_volume=node.substrate.differential_identity(base.id),
                 base=base_view,
                 target=target_view,
                 changed=node.substrate.changed(base.id, target.id),

@@ -43,7 +43,10 @@ _PAYS: Final = 0.85
 
 @dataclass(frozen=True, slots=True)
 class SendJob:
-    """All that a sending needs. ``dmi`` is what ``dmi_bytes`` say; ``target`` and ``base`` are devices of the two generations."""
+    """All that a sending needs. ``dmi`` is what ``dmi_bytes`` say; ``target`` and ``base`` are devices of the two generations.
+
+    ``still_sound`` raises if one of them was lost since: it is asked after the last read, before the other side may commit.
+    """
 
     transfer: UUID
     address: str
@@ -63,6 +66,7 @@ class SendJob:
     batch_bytes: int = 1 << 20
     compress: bool = True
     progress: Callable[[Progress], None] = lambda _: None
+    still_sound: Callable[[], None] = lambda: None
     cancelled: threading.Event | None = None
 
 
@@ -122,6 +126,7 @@ class _Sending:
                 work.end()
                 self._writers.wait()
         failpoint("src.before_commit")
+        job.still_sound()
         self._finished = True
         first.send(frames.encode(FrameType.FINISH))
         failpoint("src.after_finish")

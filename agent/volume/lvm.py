@@ -20,15 +20,16 @@ TAGS: Final = frozenset({"landfall", "landfall-lab"})
 """A volume group must carry one of these; in one without nothing is ever made, changed or removed."""
 
 _UDEV: Final = Path("/run/udev/control")
-_WITHOUT_UDEV: Final = ("--config", "activation { udev_sync=0 udev_rules=0 }")
+_WITHOUT_UDEV: Final = "udev_sync=0 udev_rules=0"
 _TIME_LIMIT_S: Final = 120.0
+_MERGE_LIMIT_S: Final = 24 * 3600.0  # it copies everything that the snapshot holds
 _HEADERS_BLOCKS: Final = 2  # the label and, at 4096, the header of the metadata area: lib/format_text/layout.h of lvm2
 _AREA_AT: Final = 4096
 _AREA_MAGIC: Final = b" LVM2 x[5A%r0N*>"
-_GROUP_COLUMNS: Final = "vg_uuid,vg_name,vg_tags,vg_free,vg_extent_size"
+_GROUP_COLUMNS: Final = "vg_uuid,vg_name,vg_tags,vg_free,vg_extent_size,pv_name,pv_mda_used_count"
 _VOLUME_COLUMNS: Final = (
     "vg_uuid,vg_tags,lv_uuid,lv_name,lv_size,lv_tags,lv_permissions,segtype,thin_id,pool_lv_uuid,data_lv_uuid,metadata_lv_uuid,chunk_size,"
-    "lv_when_full"
+    "lv_when_full,origin_uuid,lv_merging"
 )
 
 
@@ -46,7 +47,10 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class LogicalVolume:
-    """A logical volume; thin ones have ``thin_id`` and ``pool`` (a UUID), pools the rest, ``data`` and ``metadata`` being UUIDs."""
+    """A logical volume; thin ones have ``thin_id`` and ``pool`` (a UUID), pools ``data`` and ``metadata`` (UUIDs), snapshots ``origin``.
+
+    ``size_bytes`` of a classic snapshot is that of its COW device. ``merging``: it is being merged, or is merged into.
+    """
 
     uuid: str
     name: str
@@ -60,16 +64,18 @@ class LogicalVolume:
     metadata: str
     chunk_bytes: int
     errors_when_full: bool
+    origin: str
+    merging: bool
 
 
 def group(name: str) -> Group:
     """Return our volume group of that name; NotOurs if there is none or it does not carry one of ``TAGS``, ProgramMissing without lvm2."""
     rows = _report(["vgs", "-o", _GROUP_COLUMNS, "--select", f"vg_name={name}"], "vg")
-    if len(rows) != 1:
-        raise NotOurs(f"there is no volume group {name}" if not rows else f"{len(rows)} volume groups are called {name}")
+    called = {row["vg_uuid"] for row in rows}
+    if len(called) != 1:
+        raise NotOurs(f"there is no volume group {name}" if not rows else f"{len(called)} volume groups are called {name}")
     row = rows[0]
-    disks = _report(["pvs", "-o", "pv_name", "--select", f"vg_uuid={row['vg_uuid']} && pv_mda_used_count>0"], "pv")
-    disk = Path(disks[0]["pv_name"]) if disks else None
+    disk = next((Path(row["pv_name"]) for row in rows if int(row["pv_mda_used_count"] or 0)), None)
     found = Group(row["vg_uuid"], row["vg_name"], _tags(row["vg_tags"]), int(row["vg_free"]), int(row["vg_extent_size"]), disk)
     if not found.tags & TAGS:
         raise NotOurs(
@@ -78,6 +84,11 @@ def group(name: str) -> Group:
             fix=f"If all of it is for Landfall: vgchange --addtag landfall {name}.",
         )
     return found
+
+
+def free_bytes(of: Group) -> int:
+    """Return how much of a group no logical volume has."""
+    return sum(int(row["vg_free"]) for row in _report(["vgs", "-o", "vg_free", "--select", f"vg_uuid={of.uuid}"], "vg"))
 
 
 def volumes(of: Group) -> tuple[LogicalVolume, ...]:
@@ -100,6 +111,8 @@ def volumes(of: Group) -> tuple[LogicalVolume, ...]:
             row["metadata_lv_uuid"],
             int(row["chunk_size"] or 0),
             row["lv_when_full"] == "error",
+            row["origin_uuid"],
+            row["lv_merging"] == "merging",
         )
     return tuple(found.values())
 
@@ -118,37 +131,61 @@ def stamp(of: Group) -> bytes | None:
 
 def create(of: Group, arguments: Sequence[str], name: str, tags: Sequence[str] = ()) -> None:
     """Make a logical volume with its tags in one commit."""
-    _change(["lvcreate", "--yes", *_options("--addtag", tags), "--name", name, *arguments], of)
+    _lvm(["lvcreate", "--yes", *_options("--addtag", tags), "--name", name, *arguments])
 
 
-def retag(of: Group, volume: LogicalVolume, *, add: Sequence[str] = (), drop: Sequence[str] = ()) -> None:
-    """Change the tags of a logical volume in one commit: all of it, or nothing."""
-    _change(["lvchange", *_options("--deltag", drop), *_options("--addtag", add), f"{of.name}/{volume.name}"], of)
-
-
-def extend(of: Group, volume: LogicalVolume, size_bytes: int) -> None:
-    """Give a logical volume more room."""
-    _change(["lvextend", "--size", f"{size_bytes}b", f"{of.name}/{volume.name}"], of)
+def retag(of: Group, volume: LogicalVolume, *, add: Sequence[str] = (), drop: Sequence[str] = (), writable: bool | None = None) -> None:
+    """Change the tags of a logical volume, and whether it may be written, in one commit: all of it, or nothing."""
+    drop = [tag for tag in drop if tag not in add]
+    permission = [] if writable is None or writable is not volume.read_only else ["--permission", "rw" if writable else "r"]
+    _lvm(["lvchange", *_options("--deltag", drop), *_options("--addtag", add), *permission, f"{of.name}/{volume.name}"])
 
 
 def change(of: Group, name: str, *arguments: str) -> None:
     """Change one property of a logical volume."""
-    _change(["lvchange", *arguments, f"{of.name}/{name}"], of)
+    _lvm(["lvchange", *arguments, f"{of.name}/{name}"])
 
 
 def remove(of: Group, volume: LogicalVolume) -> None:
     """Remove a logical volume that nobody uses, in one commit."""
-    _change(["lvremove", "--force", "--force", "--yes", f"{of.name}/{volume.name}"], of)
+    _lvm(["lvremove", "--force", "--force", "--yes", f"{of.name}/{volume.name}"])
 
 
-def dm_uuid(of: Group, volume_uuid: str, layer: str = "") -> str:
-    """Return the identity by which the kernel knows LVM's own device of a logical volume, or of a hidden layer of it."""
+def activate(of: Group, volume: LogicalVolume) -> None:
+    """Let the kernel have a logical volume, an origin with all its snapshots; a merge that was under way goes on."""
+    _lvm(["lvchange", "--activate", "y", "--ignoreactivationskip", f"{of.name}/{volume.name}"])
+
+
+def deactivate(of: Group, volume: LogicalVolume) -> None:
+    """Take a logical volume from the kernel, an origin with all its snapshots; CommandFailed if one of them is in use."""
+    _lvm(["lvchange", "--activate", "n", f"{of.name}/{volume.name}"])
+
+
+def extend(of: Group, volume: LogicalVolume, size_bytes: int) -> None:
+    """Let a logical volume (of a classic snapshot: its COW device) have at least so many bytes; CommandFailed if the group has not."""
+    _lvm(["lvextend", "--size", f"{size_bytes}b", f"{of.name}/{volume.name}"])
+
+
+def merge(of: Group, snapshot: LogicalVolume) -> None:
+    """Write what a classic snapshot holds into its origin, and remove it. Neither may be in use.
+
+    From LVM's first commit on the origin reads as the snapshot did. If we die here LVM and the kernel go on, also after a boot.
+    """
+    _lvm(["lvconvert", "--merge", "--interval", "1", f"{of.name}/{snapshot.name}"], timeout_s=_MERGE_LIMIT_S)
+
+
+def poll(of: Group, origin: LogicalVolume) -> None:
+    """Let LVM look after a merge that it began and that nobody waits for any more."""
+    _lvm(["lvchange", "--poll", "y", f"{of.name}/{origin.name}"], settings="polling_interval=1")
+
+
+def dm_uuid(of: Group, volume_uuid: str = "", layer: str = "") -> str:
+    """Return the identity by which the kernel knows LVM's own device of a logical volume, or of a hidden layer of it.
+
+    Without a volume: what those of all volumes of the group begin with.
+    """
     identity = f"{of.uuid}{volume_uuid}".replace("-", "")
     return f"LVM-{identity}-{layer}" if layer else f"LVM-{identity}"
-
-
-def _change(argv: list[str], of: Group) -> Output:
-    return _lvm(argv)
 
 
 def _options(option: str, values: Sequence[str]) -> list[str]:
@@ -165,9 +202,10 @@ def _report(argv: list[str], kind: str) -> list[dict[str, str]]:
         raise CommandFailed(f"{argv[0]} gave a report that cannot be read", cause=f"{error}: {output.text[:200]}") from error
 
 
-def _lvm(argv: list[str]) -> Output:
+def _lvm(argv: list[str], *, timeout_s: float = _TIME_LIMIT_S, settings: str = "") -> Output:
+    settings = settings if _UDEV.exists() else f"{_WITHOUT_UDEV} {settings}"
     try:
-        return run([argv[0], *(() if _UDEV.exists() else _WITHOUT_UDEV), *argv[1:]], timeout_s=_TIME_LIMIT_S)
+        return run([argv[0], *(["--config", f"activation {{ {settings} }}"] if settings else []), *argv[1:]], timeout_s=timeout_s)
     except ProgramMissing as error:
         raise ProgramMissing(f"{argv[0]} is not installed", fix="Install lvm2 and thin-provisioning-tools.") from error
 

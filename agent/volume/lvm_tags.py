@@ -1,9 +1,12 @@
 """What a logical volume is to Landfall, written in its tags: the group's metadata alone remembers volumes, generations and workspaces.
 
     landfall/volume/1/UUID/NAME/FILESYSTEM/SIZE/SECTOR/ROLE/EPOCH                 on g0, which thereby is the volume
-    landfall/generation/1/VOLUME/EPOCH/COUNTER/NONCE/KIND/TAKEN_NS[/EPOCH/COUNTER/NONCE]   the last three: salvaged from
+    landfall/generation/1/VOLUME/EPOCH/COUNTER/NONCE/KIND/TAKEN_NS[/EPOCH/COUNTER/NONCE]   the last three: salvaged from. On an origin:
+                                                                                  it holds that one, unless another carries the same
     landfall/workspace/1/VOLUME/TRANSFER/KIND
     landfall/operational/1/VOLUME
+    landfall/origin/1/VOLUME                                                      what the volume's classic snapshots are snapshots of
+    landfall/becoming/1/LV-UUID                                                   an origin is being given that one's content
     landfall/unfinished/1/VOLUME                                                  swept by ``recover``
     landfall/instead-of/1/LV-UUID                                                 that one has lost its place to this one, and is swept
 
@@ -33,6 +36,16 @@ def generation_tag(facts: GenerationFacts) -> str:
     of = facts.salvaged_from
     more = () if of is None else (of.epoch, of.counter, of.nonce)
     return _joined("generation", facts.id.volume, facts.id.epoch, facts.id.counter, facts.id.nonce, facts.kind, facts.taken_ns, *more)
+
+
+def origin_tag(volume: UUID) -> str:
+    """Return the tag of what a volume's classic snapshots are snapshots of."""
+    return _joined("origin", volume)
+
+
+def becoming_tag(lv_uuid: str) -> str:
+    """Return the tag of an origin that is being given another's content."""
+    return _joined("becoming", lv_uuid)
 
 
 def workspace_tag(workspace: Workspace) -> str:
@@ -87,13 +100,19 @@ def read_workspace(tags: frozenset[str]) -> Workspace | None:
 
 
 def read_uuid(tags: frozenset[str], what: str) -> UUID | None:
-    """Return the volume of an ``operational`` or ``unfinished`` one."""
+    """Return the volume of an ``operational``, ``origin`` or ``unfinished`` one."""
     words = _words(tags, what)
     if words is None:
         return None
     with _Strict(tags):
         (volume,) = words
         return UUID(volume)
+
+
+def read_becoming(tags: frozenset[str]) -> str | None:
+    """Return the UUID of the logical volume whose content an origin is being given, if it is."""
+    words = _words(tags, "becoming")
+    return words[0] if words else None
 
 
 def displaced(tags: frozenset[str]) -> frozenset[str]:

@@ -1,4 +1,4 @@
-"""Device-mapper devices of our own over thin volumes: made for one use, known by identity, vanishing with their last user.
+"""Device-mapper devices of our own over LVM's volumes: made for one use, known by identity, vanishing with their last user.
 
 A device is made and at once ordered to be removed when it is closed for the last time (dmsetup(8), remove --deferred). We hold it
 open as long as the context lasts; a mount or another opener keeps it longer. So a device of ours that exists is in use, a SIGKILL
@@ -41,15 +41,38 @@ class PoolStatus:
     needs_check: bool
 
 
+@dataclass(frozen=True, slots=True)
+class SnapshotStatus:
+    """A classic snapshot as the kernel sees it; invalid ones have given up. ``used_bytes`` of its COW device includes the tables."""
+
+    valid: bool
+    used_bytes: int
+    total_bytes: int
+
+
+def linear(device: Path) -> str:
+    """Return the target that gives a device from its beginning on."""
+    return f"linear {device} 0"
+
+
+def thin(pool: Path, thin_id: int) -> str:
+    """Return the target that gives a thin volume of a pool."""
+    return f"thin {pool} {thin_id}"
+
+
+ZERO: Final = "zero"
+"""The target that reads as zeros."""
+
+
 @contextmanager
-def thin_device(pool: Path, thin_id: int, size_bytes: int, lv_uuid: str, *, writable: bool) -> Iterator[Path]:
-    """Give a device over a thin volume for as long as the context lasts, or a mount or opener of it. DeviceFailed.
+def device_over(target: str, size_bytes: int, lv_uuid: str, *, writable: bool) -> Iterator[Path]:
+    """Give a device over a logical volume for as long as the context lasts, or a mount or opener of it. DeviceFailed.
 
     Exclusion is the caller's (``in_use``). If we die here the kernel removes it, or ``remove_unused`` does.
     """
     name = f"landfall-{secrets.token_hex(8)}"
     identity = f"{_OURS}{lv_uuid}-{'w' if writable else 'r'}-{name[-16:]}"
-    table = f"0 {size_bytes // _SECTOR_BYTES} thin {pool} {thin_id}"
+    table = f"0 {size_bytes // _SECTOR_BYTES} {target}"
     dmsetup(["create", name, "--uuid", identity, *(() if writable else ("--readonly",)), "--table", table])
     device_fd = -1
     try:
@@ -69,12 +92,12 @@ def thin_device(pool: Path, thin_id: int, size_bytes: int, lv_uuid: str, *, writ
 
 
 def in_use(lv_uuid: str, *, writers_only: bool = False) -> bool:
-    """Whether a thin volume has a device of ours; one that is about to go is waited for."""
+    """Whether a logical volume has a device of ours; one that is about to go is waited for."""
     return not wait_until(lambda: not _devices(f"{_OURS}{lv_uuid}-{'w-' if writers_only else ''}"), _GRACE_S)
 
 
 def refuse_in_use(lv_uuid: str, what: str, *, writers_only: bool = False) -> None:
-    """DeviceBusy if a thin volume has a device of ours."""
+    """DeviceBusy if a logical volume has a device of ours."""
     if in_use(lv_uuid, writers_only=writers_only):
         raise DeviceBusy(f"{what} is attached or mounted", cause=f"{', '.join(map(str, _devices(_OURS + lv_uuid)))}")
 
@@ -108,12 +131,15 @@ def by_identity(identity: str) -> Path | None:
     return found[0] if found else None
 
 
-def resume_left(identity: str) -> None:
-    """Resume a device that stays suspended: until then it takes no reader, no writer and no new volume."""
-    device = by_identity(identity)
-    if device is None or not _suspended(device) or wait_until(lambda: not _suspended(device), _GRACE_S):
-        return
-    dmsetup(["resume", (_SYS / device.name / "dm" / "name").read_text().strip()])
+def resume_left(prefix: str) -> None:
+    """Resume the devices that stay suspended, of those whose identity begins so: until then they take no reader and no writer."""
+
+    def suspended() -> list[Path]:
+        return [device for device in _devices(prefix) if _suspended(device)]
+
+    if suspended() and not wait_until(lambda: not suspended(), _GRACE_S):
+        for device in suspended():
+            dmsetup(["resume", (_SYS / device.name / "dm" / "name").read_text().strip()])
 
 
 def pool_status(pool: Path) -> PoolStatus:
@@ -125,6 +151,21 @@ def pool_status(pool: Path) -> PoolStatus:
     metadata_used, metadata_total = map(int, words[1].split("/"))
     data_used, data_total = map(int, words[2].split("/"))
     return PoolStatus(metadata_used, metadata_total, data_used, data_total, words[3] != "-", words[4], "needs_check" in words)
+
+
+def snapshot_status(snapshot: Path) -> SnapshotStatus:
+    """Return the status of a classic snapshot (Documentation/admin-guide/device-mapper/snapshot.rst)."""
+    text = dmsetup(["status", str(snapshot)]).text.strip()
+    words = text.split()[3:]
+    used, _, total = words[0].partition("/") if words else ("", "", "")
+    if not (used.isdigit() and total.isdigit()):  # Invalid, Overflow, Unknown
+        return SnapshotStatus(False, 0, 0)
+    return SnapshotStatus(True, int(used) * _SECTOR_BYTES, int(total) * _SECTOR_BYTES)
+
+
+def target_of(device: Path) -> str:
+    """Return the kind of a device's first target, such as ``snapshot-merge``."""
+    return dmsetup(["table", str(device)]).text.split()[2]
 
 
 def message(pool: Path, text: str) -> None:
@@ -140,7 +181,7 @@ def dmsetup(arguments: list[str]) -> Output:
         raise ProgramMissing("dmsetup is not installed", fix="Install lvm2.") from error
     except CommandFailed as error:
         if not Path("/sys/class/misc/device-mapper").exists():
-            raise KernelLacks("the kernel has no device-mapper", cause=str(error.cause), fix="modprobe dm-thin-pool") from error
+            raise KernelLacks("the kernel has no device-mapper", cause=str(error.cause), fix="modprobe dm-mod") from error
         raise
 
 

@@ -69,17 +69,16 @@ class ReflinkSubstrate:
         Pool.initialise(pool)
         return ReflinkSubstrate(pool)
 
-    @property
-    def differential_identity(self) -> str:
+    def differential_identity(self, base: GenerationId) -> str:
         """UUID of the pool's filesystem."""
         return str(self.pool.filesystem)
 
-    @property
-    def differential_device(self) -> Path:
-        """The block device below the pool; ``diff_block`` counts its blocks of 4096 bytes, also on btrfs."""
-        return self.pool.device
+    @contextmanager
+    def differential(self, base: GenerationId) -> Iterator[Path]:
+        """Give the block device below the pool; ``diff_block`` counts its blocks of 4096 bytes, also on btrfs."""
+        yield self.pool.device
 
-    def free_bytes(self) -> int:
+    def free_bytes(self, workspace: Workspace | None = None) -> int:
         """Return how much can still be written into the pool."""
         return self.pool.room_bytes()
 
@@ -252,7 +251,7 @@ class ReflinkSubstrate:
         failpoint("substrate.drop.after")
 
     def changed(self, base: GenerationId, target: GenerationId) -> ChangedRuns:
-        """Return the runs that differ, with the pre-images' addresses on ``differential_device``. BaseMismatch for two volumes.
+        """Return the runs that differ, with the pre-images' addresses on ``differential``. BaseMismatch for two volumes.
 
         The addresses hold for as long as the base is held and the pool is not balanced or defragmented.
         """
@@ -301,7 +300,7 @@ class ReflinkSubstrate:
 
     # --- workspaces ---
 
-    def begin(self, workspace: Workspace, base: GenerationId) -> None:
+    def begin(self, workspace: Workspace, base: GenerationId, room_bytes: int | None = None) -> None:
         """Clone ``base`` as a workspace, replacing one of the same name (DeviceBusy if that is in use).
 
         NoSpace leaves everything as it was. If we die here the old one stands, or the new one.

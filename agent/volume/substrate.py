@@ -1,6 +1,6 @@
 """What a substrate must do: hold a volume's generations, say which blocks differ, and commit a workspace in one step.
 
-Three substrates keep this contract (reflink here; lvm-thin and lvm-snapshot), and one conformance suite proves each. Above this line
+Three substrates keep this contract (reflink, lvm-thin, lvm-snapshot), and one conformance suite proves each. Above this line
 everything is a block device. Reading devices are read-only for the kernel too, and vanish with their last user.
 """
 
@@ -69,16 +69,14 @@ class Substrate(Protocol):
 
     kind: str
 
-    @property
-    def differential_identity(self) -> str:
-        """Identity of the device that ``diff_block`` addresses (the pool's filesystem UUID)."""
+    def differential_identity(self, base: GenerationId) -> str:
+        """Return the identity of the device that ``diff_block`` addresses: the pool's, or that of the base's own COW device."""
 
-    @property
-    def differential_device(self) -> Path:
-        """The device that ``diff_block`` addresses."""
+    def differential(self, base: GenerationId) -> AbstractContextManager[Path]:
+        """Give the device that ``diff_block`` addresses, for reading, for as long as the context lasts."""
 
-    def free_bytes(self) -> int:
-        """Return how much can still be written into the differential volume."""
+    def free_bytes(self, workspace: Workspace | None = None) -> int:
+        """Return how much can still be written into a workspace; without one, into what is made next."""
 
     def volumes(self) -> tuple[VolumeRecord, ...]:
         """Return every volume held here whose record can be read."""
@@ -114,13 +112,13 @@ class Substrate(Protocol):
         """Give up a generation; NoSuchGeneration if it is not held, DeviceBusy while it is read, RequestRefused for g0."""
 
     def changed(self, base: GenerationId, target: GenerationId) -> ChangedRuns:
-        """Return the runs that differ. Against g0 these are all runs that the target has."""
+        """Return the runs that differ. Against g0 these are all runs that the target has. GenerationInvalid for a base that is lost."""
 
     def reading(self, generation: GenerationId) -> AbstractContextManager[Path]:
         """Attach a generation read-only for as long as the context lasts, or a mount of it."""
 
     def refuse_written(self, generation: GenerationId) -> None:
-        """BaseMismatch if somebody wrote to a generation, or exchanged its content, since it became one."""
+        """BaseMismatch if somebody wrote to a generation, or exchanged its content, since it became one. GenerationInvalid."""
 
     def operational(self, volume: UUID) -> AbstractContextManager[Path]:
         """Attach the operational image read-write for as long as the context lasts, or a mount of it."""
@@ -128,8 +126,11 @@ class Substrate(Protocol):
     def clone_operational(self, volume: UUID, generation: GenerationId) -> None:
         """Make the operational image a clone of ``generation``, replacing the old image in one step; DeviceBusy if it is in use."""
 
-    def begin(self, workspace: Workspace, base: GenerationId) -> None:
-        """Clone ``base`` as a workspace, replacing one of the same name. NoSpace leaves everything as it was."""
+    def begin(self, workspace: Workspace, base: GenerationId, room_bytes: int | None = None) -> None:
+        """Clone ``base`` as a workspace, replacing one of the same name. NoSpace leaves everything as it was.
+
+        At most ``room_bytes`` of it will be written (None: nobody knows): a substrate that sets room aside goes by that.
+        """
 
     def exists(self, workspace: Workspace) -> bool:
         """Whether the workspace is there, whole."""

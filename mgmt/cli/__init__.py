@@ -78,6 +78,7 @@ for command in (
     watching.history,
     watching.hold,
     upkeep.check,
+    upkeep.losses,
     upkeep.restore,
     upkeep.verify,
     charge.takeover,

@@ -1,4 +1,4 @@
-"""What keeps a pair fit for the bad night: check, verify, restore."""
+"""What keeps a pair fit for the bad night: check, verify, restore, losses."""
 
 from __future__ import annotations
 
@@ -117,6 +117,41 @@ def restore(
     if done.refused:
         show([Sheet(("not restored", "because"), tuple((refused.path, refused.reason) for refused in done.refused))])
         raise RestoreIncomplete(f"{len(done.refused)} files of {generation} are not restored")
+
+
+@click.command()
+@volume_argument
+@click.option("--under", default="", metavar="PATH", help="Only what is at PATH or below it.")
+@click.option("--all", "everything", is_flag=True, help="Also files that were recovered.")
+@as_json_option
+@at_place
+def losses(place: Place, volume: str, under: str, everything: bool, as_json: bool) -> None:
+    """Search the kept loss statements of VOLUME, also of one that was removed: what became of which file, when, and who ordered it."""
+    from mgmt.losses import losses as search
+    from mgmt.terminal import Sheet, say, show, show_json
+    from mgmt.view import WORDS, bytes_words, moment, path_of, span
+
+    with place.site() as site:
+        statements = [(entry.statement, entry.undone_ns is not None) for entry in site.catalog.statements(volume)]
+    found = search(statements, under, with_recovered=everything)
+    if as_json:
+        show_json([to_document(loss) for loss in found])
+        return
+    rows = tuple(
+        (
+            moment(loss.at_ns) + (" (undone)" if loss.undone else ""),
+            WORDS[loss.account.outcome],
+            bytes_words(loss.account.size_bytes),
+            "-" if loss.change_age_s is None else span(loss.change_age_s),
+            path_of(loss.account),
+            loss.account.reason,
+            loss.operator,
+        )
+        for loss in found
+    )
+    if rows:
+        show([Sheet(("salvage", "verdict", "size", "lost change was made before", "file", "why", "by"), rows)])
+    say(f"{len(rows):,} files, in {len({loss.transfer for loss in found})} of {len(statements)} salvages.")
 
 
 def _sheets(found: Verified) -> list[Sheet]:

@@ -25,7 +25,7 @@ from mgmt.lab.layout import MARKER, Lab, LabSubstrate, NodeName
 SETTINGS = Path("/etc/lvm/lvm.conf")
 _DEVICE_MAPPER = Path("/sys/class/misc/device-mapper")
 _PROGRAMS = {"lvm": "lvm2", "dmsetup": "lvm2", "thin_delta": "thin-provisioning-tools"}
-_MODULES = {LabSubstrate.LVM_THIN: "dm-thin-pool"}
+_MODULES = {LabSubstrate.LVM_THIN: ("dm-thin-pool",), LabSubstrate.LVM_SNAPSHOT: ("dm-snapshot", "dm-zero")}
 _UDEV = Path("/run/udev/control")
 
 
@@ -65,11 +65,12 @@ def require(substrate: LabSubstrate) -> None:
     if missing := sorted({package for program, package in _PROGRAMS.items() if not shutil.which(program)}):
         raise ProgramMissing(f"the substrate {substrate} needs {' and '.join(missing)}", fix=f"apt-get install {' '.join(missing)}")
     if shutil.which("modprobe"):
-        run(["modprobe", "--quiet", _MODULES[substrate]], ok=range(256))
+        run(["modprobe", "--quiet", "--all", *_MODULES[substrate]], ok=range(256))
     if not _DEVICE_MAPPER.exists():
+        modules = " and ".join(_MODULES[substrate])
         raise KernelLacks(
             f"this kernel has no device-mapper, of which the substrate {substrate} is made",
-            fix=f"Load {_MODULES[substrate]}, use --substrate reflink, or run it in a guest: python -m tests.guest run -- landfall ...",
+            fix=f"Load {modules}, use --substrate reflink, or run it in a guest: python -m tests.guest run -- landfall ...",
         )
 
 
@@ -121,13 +122,14 @@ def activating(lab: Lab, node: NodeName) -> Iterator[Callable[[str], Path]]:
             inside, config = [], ["--config", settings(stack.enter_context(attached(lab.disk_image(node))))]
 
         def activate(tag: str) -> Path:
-            listed = run([*inside, "lvs", *config, "-a", "--reportformat", "json", "-o", "lv_name,lv_tags", group]).text
-            found = [row["lv_name"].strip("[]") for row in json.loads(listed)["report"][0]["lv"] if tag in f",{row['lv_tags']}"]
+            listed = run([*inside, "lvs", *config, "-a", "--reportformat", "json", "-o", "lv_name,lv_tags,lv_active", group]).text
+            found = [row for row in json.loads(listed)["report"][0]["lv"] if tag in f",{row['lv_tags']}"]
             if len(found) != 1:
                 raise LabMissing(f"{len(found)} logical volumes of {node} carry a tag {tag}...")
-            name = f"{group}/{found[0]}"
-            run([*inside, "lvchange", *config, "--activate", "y", "--ignoreactivationskip", name])
-            stack.callback(run, [*inside, "lvchange", *config, "--activate", "n", name])
+            name = f"{group}/{found[0]['lv_name'].strip('[]')}"
+            if found[0]["lv_active"] != "active":  # a classic snapshot comes and goes with its origin: that is what LVM wants a yes to
+                run([*inside, "lvchange", *config, "--yes", "--activate", "y", "--ignoreactivationskip", name])
+                stack.callback(run, [*inside, "lvchange", *config, "--yes", "--activate", "n", name])
             return Path("/dev") / name
 
         yield activate

@@ -55,6 +55,7 @@ class LabSubstrate(StrEnum):
 
     REFLINK = "reflink"
     LVM_THIN = "lvm-thin"
+    LVM_SNAPSHOT = "lvm-snapshot"
 
 
 @dataclass(frozen=True, slots=True)

@@ -157,7 +157,14 @@ FAILPOINTS: tuple[tuple[Phase, tuple[str, ...]], ...] = (
 """Which agent, in which phase, dies at which failpoint (and at its which passing)."""
 
 ELSEWHERE = {
-    "thin_map.reserved": "storage/test_volume_lvm_pool.py",  # only device-mapper goes there
+    "thin_map.reserved": "storage/test_volume_lvm_pool.py",  # only device-mapper goes there, and to the next
+    "substrate.merge.kept": "storage/test_volume_lvm_merge.py",
+    "substrate.merge.journalled": "storage/test_volume_lvm_merge.py",
+    "substrate.merge.merged": "storage/test_volume_lvm_merge.py",
+    "substrate.merge.after": "storage/test_volume_lvm_merge.py",
+    "substrate.operational.journalled": "storage/test_volume_lvm_merge.py",
+    "substrate.operational.copied": "storage/test_volume_lvm_merge.py",
+    "substrate.recover.before_sweep": "storage/test_volume_lvm_merge.py",
     **{  # these want a network
         f"address.{step}": "lab/test_serving.py" for step in ("before_take", "recorded", "after_take", "before_drop", "after_drop")
     },

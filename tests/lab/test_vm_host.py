@@ -120,6 +120,14 @@ def give_vagrant(checkout: Checkout, script: str) -> str:
     return f"{programs}:{os.environ['PATH']}"
 
 
+def test_vagrant_takes_the_vagrantfile(checkout: Checkout) -> None:
+    homes = {"VAGRANT_HOME": str(checkout.folder / "home"), "VAGRANT_DOTFILE_PATH": str(checkout.folder / "state")}
+    result = subprocess.run(
+        ["vagrant", "validate"], check=False, cwd=checkout.folder, env={**os.environ, **homes}, capture_output=True, text=True, timeout=240
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
 def test_daemons_live_in_namespaces_of_their_own_and_leave_nothing(checkout: Checkout) -> None:
     settings = Path("/etc/libvirt/qemu.conf").read_bytes()
     state = sorted(Path("/var/lib/libvirt").rglob("*"))

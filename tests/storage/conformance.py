@@ -115,6 +115,8 @@ def taken(substrate: Substrate, volume: UUID, changes: dict[int, bytes]) -> Gene
 class SubstrateConformance:
     """One class for all: a subclass gives the fixture ``bench``."""
 
+    DISCARD: tuple[str, ...] = ("blkdiscard",)
+
     @pytest.fixture
     def substrate(self, bench: Bench) -> Substrate:
         return bench.open()
@@ -264,7 +266,7 @@ class SubstrateConformance:
         assert (runs.first[1:] >= runs.first[:-1] + runs.blocks[:-1]).all()
         assert blocks_of(runs) == set(after)
         assert not runs.target_hole.any()
-        with open(substrate.differential_device, "rb", buffering=0) as pool:
+        with substrate.differential(base) as differential, open(differential, "rb", buffering=0) as pool:
             for first, count, address in zip(runs.first.tolist(), runs.blocks.tolist(), runs.diff_block.tolist(), strict=True):
                 for n in range(count):
                     if address == HOLE:
@@ -291,7 +293,7 @@ class SubstrateConformance:
         substrate.create(volume)
         base = taken(substrate, volume.id, {n: block_of(f"{n}") for n in range(64)}).id
         with substrate.operational(volume.id) as device:
-            subprocess.run(["blkdiscard", "-o", str(16 * BLOCK_BYTES), "-l", str(16 * BLOCK_BYTES), device], check=True)
+            subprocess.run([*self.DISCARD, "-o", str(16 * BLOCK_BYTES), "-l", str(16 * BLOCK_BYTES), device], check=True)
         target = taken(substrate, volume.id, {}).id
         runs = substrate.changed(base, target)
         assert blocks_of(runs) == set(range(16, 32))

@@ -262,7 +262,7 @@ class Scene:
             target = views[self.target.id]
             request = BuildRequest(
                 uuid4(), self.base.id, self.target.id, 1, 2, "volume", SIZE[self.kind], 512, self.kind,
-                filesystem.mkfs_arguments(target.device, self.kind), self.substrate.differential_identity,
+                filesystem.mkfs_arguments(target.device, self.kind), self.substrate.differential_identity(self.base.id),
                 views.get(self.base.id), target, self.substrate.changed(self.base.id, self.target.id), self.tmp / "state",
             )  # fmt: skip
             dmi = Dmi.decode(b"".join(agent_build(request).encode()))
@@ -409,7 +409,7 @@ def build(scene: Scene) -> Built:
         arguments = filesystem.mkfs_arguments(device, scene.kind)
     head = Head(
         uuid4(), scene.base.id, scene.target.id, 1, 2, "volume", total * BLOCK_BYTES, 512, scene.kind, arguments,
-        target.paths[b""][0], scene.substrate.differential_identity,
+        target.paths[b""][0], scene.substrate.differential_identity(scene.base.id),
     )  # fmt: skip
     dmi = _columns(head, pieces, needs, rows, (base, target, base_names, target_names), (before, image))
     return Built(dmi, base, target, image, row_of)

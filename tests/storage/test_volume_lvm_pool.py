@@ -18,7 +18,7 @@ from agent.volume import filesystem, lvm, mapper
 from agent.volume.lvm_thin import Limits, LvmThinSubstrate
 from agent.volume.substrate import Workspace, WorkspaceKind
 from tests.storage.conformance import Bench, Call, block_of, blocks_of, facts_after, in_child, read, record, taken, write
-from tests.storage.volume_groups import thin_group
+from tests.storage.volume_groups import volume_group
 
 pytestmark = pytest.mark.device_mapper
 
@@ -27,7 +27,7 @@ POOL_BYTES = 160 << 20
 
 @pytest.fixture(scope="module")
 def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with thin_group(tmp_path_factory.mktemp("disk"), size_bytes=POOL_BYTES) as name:
+    with volume_group(tmp_path_factory.mktemp("disk"), size_bytes=POOL_BYTES) as name:
         LvmThinSubstrate.initialise(name)
         yield name
 
@@ -44,7 +44,7 @@ def substrate(group: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[LvmThinSu
 
 
 def test_a_group_without_the_tag_is_not_touched(tmp_path: Path) -> None:
-    with thin_group(tmp_path, tag=None, size_bytes=64 << 20) as stranger:
+    with volume_group(tmp_path, tag=None, size_bytes=64 << 20) as stranger:
         for opening in (LvmThinSubstrate, LvmThinSubstrate.initialise):
             with pytest.raises(NotOurs):
                 opening(stranger)
@@ -75,7 +75,7 @@ def test_B12_tags_that_cannot_be_read_hide_nothing_and_nothing_of_theirs_is_swep
         substrate.create(made)
         taken(substrate, made.id, {1: block_of(made.name)})
     before = len(lvm.volumes(substrate.group))
-    g0 = substrate._held().volumes[volume.id][1]
+    g0 = substrate._held().record_of(volume.id)
     (tag,) = (tag for tag in g0.tags if tag.startswith("landfall/volume/"))
     lvm.retag(substrate.group, g0, drop=[tag], add=[tag.replace("/1/", "/9/", 1)])
     substrate.recover()
@@ -221,7 +221,7 @@ def test_what_somebody_else_commits_is_seen(substrate: LvmThinSubstrate) -> None
     held = taken(substrate, volume.id, {1: block_of("a")})
     substrate.refuse_written(held.id)
     subprocess.run(
-        ["lvchange", "--permission", "rw", f"{substrate.group.name}/{substrate._held().generations[held.id][1].name}"],
+        ["lvchange", "--permission", "rw", f"{substrate.group.name}/{substrate._held().generations[held.id].name}"],
         check=True,
         capture_output=True,
     )

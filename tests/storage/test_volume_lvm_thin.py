@@ -14,14 +14,14 @@ from agent.volume import mapper
 from agent.volume.lvm_thin import LvmThinSubstrate
 from agent.volume.substrate import Substrate
 from tests.storage.conformance import Bench, SubstrateConformance, record
-from tests.storage.volume_groups import thin_group
+from tests.storage.volume_groups import volume_group
 
 pytestmark = pytest.mark.device_mapper
 
 
 @pytest.fixture(scope="module")
 def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with thin_group(tmp_path_factory.mktemp("disk")) as name:
+    with volume_group(tmp_path_factory.mktemp("disk")) as name:
         LvmThinSubstrate.initialise(name)
         yield name
 

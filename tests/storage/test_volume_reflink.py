@@ -116,16 +116,16 @@ def test_a_pool_carries_its_marker(mounted: Path, tmp_path: Path) -> None:
         ReflinkSubstrate.initialise(folder)
     (folder / "volumes" / "somebody's").unlink()
     first = ReflinkSubstrate.initialise(folder)
-    assert ReflinkSubstrate.initialise(folder).differential_identity == first.differential_identity
+    assert ReflinkSubstrate.initialise(folder).pool.filesystem == first.pool.filesystem
     with pytest.raises(LayoutUnsupported):
         ReflinkSubstrate.initialise(tmp_path / "on-ext4")
 
 
 def test_a_pool_is_known_by_its_filesystem(substrate: ReflinkSubstrate) -> None:
-    tool = subprocess.run(
-        ["blkid", "-p", "-o", "value", "-s", "UUID", substrate.differential_device], capture_output=True, text=True, check=True
-    )
-    assert substrate.differential_identity == tool.stdout.strip()
+    g0 = empty_generation(uuid4())
+    with substrate.differential(g0) as device:
+        tool = subprocess.run(["blkid", "-p", "-o", "value", "-s", "UUID", device], capture_output=True, text=True, check=True)
+    assert substrate.differential_identity(g0) == tool.stdout.strip()
 
 
 def test_only_root_sees_images(substrate: ReflinkSubstrate) -> None:
@@ -465,7 +465,7 @@ def test_addresses_of_pre_images_are_the_pool_device_s_own(substrate: ReflinkSub
         for n in range(0, length, 4096)
     }
     moved = 0
-    with open(substrate.differential_device, "rb", buffering=0) as pool:
+    with substrate.differential(base.id) as device, open(device, "rb", buffering=0) as pool:
         for first, blocks, at in zip(runs.first.tolist(), runs.blocks.tolist(), runs.diff_block.tolist(), strict=True):
             for n in range(blocks):
                 assert os.pread(pool.fileno(), 4096, (at + n) * 4096) == before[first + n]

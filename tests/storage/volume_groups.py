@@ -12,7 +12,7 @@ SIZE_BYTES = 1 << 30
 
 
 @contextmanager
-def thin_group(folder: Path, *, tag: str | None = "landfall-lab", size_bytes: int = SIZE_BYTES) -> Iterator[str]:
+def volume_group(folder: Path, *, tag: str | None = "landfall-lab", size_bytes: int = SIZE_BYTES) -> Iterator[str]:
     """Gives the name of a fresh volume group."""
     name, image = f"landfall-test-{secrets.token_hex(4)}", folder / "disk"
     with open(image, "wb") as file:

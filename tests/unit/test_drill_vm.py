@@ -111,9 +111,9 @@ def test_a_generation_is_found_by_its_whole_identity_and_left_inactive(tmp_path:
     with pytest.raises(CommandFailed, match="the link broke"):
         copy_generation(machines, "nas1", GENERATION, tmp_path / "image")
     words = [asked.removeprefix("nas1: ") for asked in machines.asked[2:]]
-    assert words[0] == "lvchange --activate y --ignoreactivationskip /dev/landfall/one"
+    assert words[0] == "lvchange --yes --activate y --ignoreactivationskip /dev/landfall/one"
     assert words[1].endswith("if=/dev/landfall/one")
-    assert words[2] == "lvchange --activate n /dev/landfall/one"
+    assert words[2] == "lvchange --yes --activate n /dev/landfall/one"
 
 
 def test_what_was_active_stays_so_and_what_is_not_there_or_there_twice_is_refused(tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ from typing import NoReturn
 import numpy as np
 import pytest
 
-from agent.contract.arrival import Arrived
-from agent.contract.errors import BaseMismatch, DeviceFailed, LandfallError, LinkLost, ProtocolViolated, VerifyFailed
+from agent.contract.arrival import COMPLETE, Arrived
+from agent.contract.errors import BaseMismatch, DeviceFailed, GenerationInvalid, LandfallError, LinkLost, ProtocolViolated, VerifyFailed
 from agent.contract.messages import Differential, Sent
 from agent.system.clock import monotonic_s
 from agent.transfer.landing import Landing
@@ -205,6 +205,21 @@ def test_E1_a_source_that_cannot_read_says_so_and_nothing_is_committed(tmp_path:
     assert f"byte {bad}" in sent.cause
     assert isinstance(received, LinkLost), received
     assert "device-failed" in received.cause
+    assert scene.committed == 0
+
+
+def test_E9_a_generation_that_is_lost_after_the_last_read_is_not_committed(tmp_path: Path) -> None:
+    scene = Scene(tmp_path, make_differential(tmp_path, blocks=512, pieces=20))
+    arrived: list[int] = []
+
+    def lost() -> NoReturn:
+        arrived.append(int((scene.arrival().bits == COMPLETE).sum()))
+        raise GenerationInvalid("the snapshot ran out of room")
+
+    sent, received = scene.transfer(sending={"still_sound": lost})
+    assert isinstance(sent, GenerationInvalid), sent
+    assert isinstance(received, LinkLost), received
+    assert arrived == [scene.differential.dmi.piece_total]
     assert scene.committed == 0
 
 

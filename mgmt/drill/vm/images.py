@@ -66,12 +66,12 @@ def copy_generation(machines: Machines, node: str, generation: GenerationId, to:
         raise NoSuchGeneration(f"{node} keeps generation {generation.name} {len(found)} times, as LVM reports it")
     (volume,) = found
     if not volume.active:
-        machines.run(node, ["lvchange", "--activate", "y", "--ignoreactivationskip", volume.path])
+        machines.run(node, ["lvchange", "--yes", "--activate", "y", "--ignoreactivationskip", volume.path])
     try:
         machines.copy_out(node, [*_READ, f"if={volume.path}"], to)
     finally:
         if not volume.active:
-            machines.run(node, ["lvchange", "--activate", "n", volume.path])
+            machines.run(node, ["lvchange", "--yes", "--activate", "n", volume.path])
 
 
 def copy_served(machines: Machines, node: str, mount_point: str, to: Path) -> None:

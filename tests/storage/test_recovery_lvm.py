@@ -1,4 +1,4 @@
-"""A differential of thin volumes, landed on thin volumes and salvaged there, in part and whole. `make vm-test` runs it in a guest."""
+"""A differential on each kind of LVM snapshots, landed on the same and salvaged there, in part and whole. `make vm-test` runs it."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from agent.contract.identity import BLOCK_BYTES, FilesystemKind
+from agent.volume.lvm_snapshot import LvmSnapshotSubstrate
 from agent.volume.lvm_thin import LvmThinSubstrate
 from agent.volume.reflink import ReflinkSubstrate
 from tests.storage.salvage_scene import Scene
-from tests.storage.volume_groups import thin_group
+from tests.storage.volume_groups import volume_group
 
 pytestmark = pytest.mark.device_mapper
 
@@ -31,10 +32,21 @@ class ThinScene(Scene):
             return np.fromfile(device, np.uint8).reshape(-1, BLOCK_BYTES)
 
 
-@pytest.fixture(params=list(FilesystemKind))
+class ClassicScene(ThinScene):
+    """The same on classic snapshots."""
+
+    @staticmethod
+    def substrate_on(pool: Path) -> ReflinkSubstrate:
+        return cast(ReflinkSubstrate, LvmSnapshotSubstrate(pool.name))
+
+
+@pytest.fixture(
+    params=[(kind, on) for on in (ThinScene, ClassicScene) for kind in FilesystemKind], ids=lambda pair: f"{pair[0]}-{pair[1].__name__}"
+)
 def scene(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Scene]:
-    with thin_group(tmp_path) as name:
-        made = ThinScene(Path(name), request.param, tmp_path)
+    kind, on = request.param
+    with volume_group(tmp_path, size_bytes=2 << 30) as name:
+        made = on(Path(name), kind, tmp_path)
         yield made
         made.remove()
 
