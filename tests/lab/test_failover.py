@@ -149,7 +149,7 @@ class Scene:
 
         def work(site: run.Site) -> None:
             try:
-                run.replicate(site, self.name, rate_limit_bytes_s=400_000, tell=tell)
+                run.replicate(site, self.name, rate_limit_bytes_s=200_000, tell=tell)
             except LandfallError as error:
                 failed.append(error.code)
             finally:
