@@ -9,6 +9,7 @@ report, view   the one account of what happened; tables, JSON and HTML are skins
 catalog        what is remembered of volumes, transfers, notifications and salvages
 fencing        the proof that a node cannot write any more
 run            the operations: replicate, salvage and the rest
+bundle         what somebody who helps must know
 lab, drill     three nodes on one machine, and the failure rehearsed on them
 cli            the commands
 """

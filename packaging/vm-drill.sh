@@ -34,6 +34,7 @@ done
 runs=build/vm/runs/$(date -u +%Y%m%d-%H%M%S)
 python=build/venv/bin/python
 mkdir -p "$runs"
+sockets=$(mktemp -d "${TMPDIR:-/tmp}/landfall-XXXXXX")
 inside() { vagrant/host run "$@"; }
 
 # What is said goes to the terminal and, without this machine's paths, to a log.
@@ -50,6 +51,7 @@ logged() {
 finish() {
     local status=$?
     trap - EXIT
+    rm -rf "$sockets"
     if [ "$keep" = yes ]; then
         say "the machines stay (--keep); vagrant/lab down removes them"
     elif [ -x vagrant/lab ] && [ -d build/vm/vagrant-state ]; then
@@ -60,14 +62,17 @@ finish() {
     exit "$status"
 }
 
+# Shares for anybody, as there is no directory of users; and patience, as an emulated machine on a busy host takes seconds to start a program.
+lab_settings='"landfall_lab": true, "landfall_agent_settings": {"smb_guest": true}, "landfall_settings": {"connect_limit_s": 60.0, "silence_limit_s": 20.0}'
+# Connections of its own: Ansible keeps them open for a while, and those of another run may lead to a machine that has been restored since.
 provision() {
-    inside build/venv/bin/ansible-playbook --inventory build/vm/inventory.yml playbooks/provision.yml \
-        --extra-vars "{\"landfall_substrate\": \"$1\", \"landfall_lab\": true, \"landfall_agent_settings\": {\"smb_guest\": true}}"
+    inside env ANSIBLE_TIMEOUT=180 ANSIBLE_SSH_CONTROL_PATH_DIR="$sockets" build/venv/bin/ansible-playbook --inventory build/vm/inventory.yml \
+        playbooks/provision.yml --extra-vars "{\"landfall_substrate\": \"$1\", $lab_settings}"
 }
 
+trap finish EXIT
 say "packages of this machine, and the virtual environment"
 bash packaging/setup.sh --vm
-trap finish EXIT
 say "box and machines"
 vagrant/lab up
 say "the wheelhouse for the machines' Python"

@@ -80,6 +80,7 @@ for command in (
     upkeep.check,
     upkeep.losses,
     upkeep.restore,
+    upkeep.support_bundle,
     upkeep.verify,
     charge.takeover,
     words.explain,

@@ -1,7 +1,8 @@
-"""What keeps a pair fit for the bad night: check, verify, restore, losses."""
+"""What keeps a pair fit for the bad night: check, verify, restore, losses, support-bundle."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -152,6 +153,31 @@ def losses(place: Place, volume: str, under: str, everything: bool, as_json: boo
     if rows:
         show([Sheet(("salvage", "verdict", "size", "lost change was made before", "file", "why", "by"), rows)])
     say(f"{len(rows):,} files, in {len({loss.transfer for loss in found})} of {len(statements)} salvages.")
+
+
+@click.command("support-bundle")
+@click.option(
+    "--output", type=click.Path(path_type=Path, dir_okay=False), default="landfall-support.tar.gz", show_default=True, help="File."
+)
+@click.option("--names", is_flag=True, help="With the names of users' files.")
+@as_json_option
+@at_place
+def support_bundle(place: Place, output: Path, names: bool, as_json: bool) -> None:
+    """Pack what somebody who helps must know, without secrets: configuration, check, standing, history, what the agents say.
+
+    Names of users' files are left out unless asked for.
+    """
+    from mgmt.bundle import collected, write_bundle
+    from mgmt.terminal import say, show_json
+    from mgmt.view import bytes_words
+
+    with place.site() as site:
+        parts = collected(site, with_names=names)
+    size = write_bundle(output, parts)
+    if as_json:
+        show_json({"path": str(output), "bytes": size, "parts": [{"name": part.name, "bytes": len(part.content)} for part in parts]})
+    else:
+        say(f"{output} ({bytes_words(size)}) holds {', '.join(part.name for part in parts)}.")
 
 
 def _sheets(found: Verified) -> list[Sheet]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import sys
+import tarfile
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +21,7 @@ from agent.contract.errors import NoSuchGeneration, RequestRefused
 from agent.contract.identity import BLOCK_BYTES, FilesystemKind, GenerationId
 from agent.system.run import run as start_program
 from mgmt import run
+from mgmt.authority import Authority, Passes
 from mgmt.inventory import Inventory, read_inventory
 from mgmt.lab import lifecycle
 from mgmt.lab.layout import Lab, NodeName
@@ -367,3 +370,37 @@ def test_single_files_come_back_to_the_side_and_in_place_and_nowhere_else(lab: L
     }
     command(lab, "restore", "single", "--generation", "g9", "alone", expect=33)
     command(lab, "restore", "single", "--generation", generation, "--node", NAS2, "alone", expect=25)
+
+
+def test_J13_no_key_and_no_token_is_in_a_command_line_a_log_or_a_bundle(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    made(lab, "secretive")
+    secrets: set[bytes] = set()
+    seen: set[bytes] = set()
+    issue = Authority.passes
+
+    def passes(authority: Authority, sender: str, receiver: str) -> Passes:
+        issued = issue(authority, sender, receiver)
+        secrets.update(side.key_pem.splitlines()[1].encode() for side in (issued.sender, issued.receiver))
+        secrets.add(issued.token.encode())
+        return issued
+
+    def look(*_: object) -> None:
+        for process in Path("/proc").glob("[0-9]*"):
+            for file in ("cmdline", "environ"):
+                with contextlib.suppress(OSError):
+                    seen.add((process / file).read_bytes())
+
+    monkeypatch.setattr(Authority, "passes", passes)
+    managed(lab, lambda site: run.replicate(site, "secretive", tell=look, on_order=look))
+    for path in lab.node(MGMT).rglob("*"):
+        if path.is_file() and b"PRIVATE KEY-----" in (content := path.read_bytes()):
+            secrets.add(content.splitlines()[1])
+    assert len(secrets) >= 5, "two keys of the transfer, its token, the authority's and an SSH key"
+    bundle = lab.directory / "bundle.tar.gz"
+    listed = json.loads(command(lab, "support-bundle", "--output", str(bundle), "--json"))
+    assert "node-nas1.json" in {part["name"] for part in listed["parts"]}
+    with tarfile.open(bundle) as archive:
+        seen |= {file.read() for member in archive.getmembers() if (file := archive.extractfile(member))}
+    for node in (MGMT, NAS1, NAS2):
+        seen |= {path.read_bytes() for path in (lab.node(node) / "log").rglob("*") if path.is_file()}
+    assert not [secret for secret in secrets if any(secret in text for text in seen)]

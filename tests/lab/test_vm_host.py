@@ -121,6 +121,7 @@ def give_vagrant(checkout: Checkout, script: str) -> str:
 
 
 def test_vagrant_takes_the_vagrantfile(checkout: Checkout) -> None:
+    assert checkout.run("box", "--stamp").returncode == 0, "makes the key that the Vagrantfile names"
     homes = {"VAGRANT_HOME": str(checkout.folder / "home"), "VAGRANT_DOTFILE_PATH": str(checkout.folder / "state")}
     result = subprocess.run(
         ["vagrant", "validate"], check=False, cwd=checkout.folder, env={**os.environ, **homes}, capture_output=True, text=True, timeout=240

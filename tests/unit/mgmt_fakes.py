@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from agent.contract import messages as m
-from agent.contract.errors import LandfallError, NodeUnreachable
+from agent.contract.errors import LandfallError, NodeUnreachable, RequestRefused
 from mgmt.reach import Node, Stream
 
 Handler = Callable[[Any], Any]
@@ -82,6 +82,14 @@ class FakeAgent:
         for end in self._ends:
             end.close()
 
+    def _handler(self, kind: type[Any]) -> Handler:
+        """Return what answers such a request; without one, it is answered as by an agent that does not know the verb."""
+
+        def refuse(_: Any) -> None:
+            raise RequestRefused(f"there is no verb {m.VERB_OF[kind]}")
+
+        return self.handlers.get(kind, refuse)
+
     def _serve(self, end: socket.socket) -> None:
         with end, end.makefile("rb") as lines:
             for line in lines:
@@ -90,7 +98,7 @@ class FakeAgent:
                 arguments = m.from_document(request["args"], m.VERBS[request["verb"]][0])
                 self.asked.append(arguments)
                 try:
-                    said = self.handlers[type(arguments)](arguments)
+                    said = self._handler(type(arguments))(arguments)
                 except EOFError:
                     self.dead = True
                     return

@@ -20,6 +20,7 @@ from mgmt.drill.vm.images import copy_generation, copy_served
 from mgmt.drill.vm.plays import Playing, Task
 
 GENERATION = GenerationId(UUID(int=7), 1, 2, "ab" * 16)
+POOL = Path("/pool")
 TAG = f"landfall/generation/1/{GENERATION.volume}/1/2/{GENERATION.nonce}/frozen/99"
 PLAYBOOK = """
 - name: A play
@@ -109,7 +110,7 @@ def test_a_generation_is_found_by_its_whole_identity_and_left_inactive(tmp_path:
     machines = Scripted({"lvs": report(("[hidden]", "", ""), ("one", f"x,{TAG}", ""), ("two", other, "active"))})
     machines.fails = "the link broke"
     with pytest.raises(CommandFailed, match="the link broke"):
-        copy_generation(machines, "nas1", GENERATION, tmp_path / "image")
+        copy_generation(machines, "nas1", POOL, GENERATION, tmp_path / "image")
     words = [asked.removeprefix("nas1: ") for asked in machines.asked[2:]]
     assert words[0] == "lvchange --yes --activate y --ignoreactivationskip /dev/landfall/one"
     assert words[1].endswith("if=/dev/landfall/one")
@@ -118,17 +119,17 @@ def test_a_generation_is_found_by_its_whole_identity_and_left_inactive(tmp_path:
 
 def test_what_was_active_stays_so_and_what_is_not_there_or_there_twice_is_refused(tmp_path: Path) -> None:
     machines = Scripted({"lvs": report(("one", TAG, "active"))})
-    copy_generation(machines, "nas1", GENERATION, tmp_path / "image")
+    copy_generation(machines, "nas1", POOL, GENERATION, tmp_path / "image")
     assert not any("lvchange" in asked for asked in machines.asked)
     for volumes in ((), (("one", TAG, ""), ("two", TAG, ""))):
         with pytest.raises(NoSuchGeneration):
-            copy_generation(Scripted({"lvs": report(*volumes)}), "nas1", GENERATION, tmp_path / "image")
+            copy_generation(Scripted({"lvs": report(*volumes)}), "nas1", POOL, GENERATION, tmp_path / "image")
 
 
 def test_a_generation_in_a_file_is_read_as_a_file(tmp_path: Path) -> None:
     machines = Scripted({"sh": "there\n"})
-    copy_generation(machines, "nas1", GENERATION, tmp_path / "image")
-    assert machines.asked[-1].endswith(f"if=/var/lib/landfall/pool/volumes/{GENERATION.volume}/generations/{GENERATION.name}.img")
+    copy_generation(machines, "nas1", POOL, GENERATION, tmp_path / "image")
+    assert machines.asked[-1].endswith(f"if=/pool/volumes/{GENERATION.volume}/generations/{GENERATION.name}.img")
 
 
 def test_what_is_served_is_frozen_and_thawed_by_one_program(tmp_path: Path) -> None:

@@ -14,8 +14,6 @@ from agent.contract.errors import NoSuchGeneration
 from agent.contract.identity import GenerationId
 from mgmt.drill.vm.machines import Machines
 
-POOL_DIR: Final = Path("/var/lib/landfall/pool")
-"""Where the role `agent` lets a node without a volume group keep its images."""
 _READ: Final = ("dd", "bs=1M", "iflag=direct", "status=none")
 _REPORT: Final = ("lvs", "--all", "--reportformat", "json", "-o", "vg_name,lv_name,lv_uuid,lv_tags,lv_active")
 
@@ -51,12 +49,12 @@ def logical_volumes(machines: Machines, node: str) -> tuple[LogicalVolume, ...]:
     )
 
 
-def copy_generation(machines: Machines, node: str, generation: GenerationId, to: Path) -> None:
-    """Store a frozen generation's bytes; NoSuchGeneration if the node keeps none of that whole identity.
+def copy_generation(machines: Machines, node: str, pool: Path, generation: GenerationId, to: Path) -> None:
+    """Store a frozen generation's bytes, from a file in ``pool`` or from a logical volume; NoSuchGeneration if the node does not keep it.
 
     A logical volume that was inactive is so again afterwards, also when the copy failed.
     """
-    file = POOL_DIR / "volumes" / str(generation.volume) / "generations" / f"{generation.name}.img"
+    file = pool / "volumes" / str(generation.volume) / "generations" / f"{generation.name}.img"
     if machines.run(node, ["sh", "-c", '[ ! -e "$0" ] || echo there', str(file)]).strip():
         machines.copy_out(node, [*_READ, f"if={file}"], to)
         return

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from threading import Event, Thread
 from typing import Any, Final
 
@@ -40,11 +41,15 @@ class Playing:
         self._hear, self._folder, self._name = hear, folder, f"{playbook.name} ({tags})"
         self._failed: list[Task] = []
         self._cancelled = Event()
+        self._sockets = TemporaryDirectory(prefix="landfall-", ignore_cleanup_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
         settings = playbook.parent / "ansible.cfg"
         environment = {
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "ANSIBLE_HOME": str(folder.resolve() / "ansible"),
+            # Connections of its own: those of another run may lead to a machine that has been switched off since. A socket's path is short.
+            "ANSIBLE_SSH_CONTROL_PATH_DIR": self._sockets.name,
+            "ANSIBLE_TIMEOUT": "180",  # an emulated machine on a busy host takes its time to become root
             **({"ANSIBLE_CONFIG": str(settings.resolve())} if settings.exists() else {}),
         }
         self._thread: Thread

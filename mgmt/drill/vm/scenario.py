@@ -7,11 +7,13 @@ cuts nas1's power at a share of the bytes that it counts itself, and has the res
 from __future__ import annotations
 
 import json
+import shlex
+import sys
 import tomllib
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from agent.contract.dmi import Dmi
 from agent.contract.errors import ConfigInvalid
@@ -34,11 +36,21 @@ from mgmt.run import Prepared
 from mgmt.view import from_json
 
 MANAGEMENT, PRIMARY, SECONDARY = "mgmt", "nas1", "nas2"
-SECONDARY_ADDRESS: Final = "10.78.0.12"
-"""Where the host's SMB client reads what nas2 serves (Vagrantfile)."""
-AGENT_CONFIG: Final = "/etc/landfall/agent.toml"
-SENDING: Final = Path("/var/lib/landfall/state/transfers")
-FETCHED: Final = Path("/var/lib/landfall/mgmt/transfers")
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where nodes keep what the drill looks at, and how it starts programs: as playbooks/provision.yml makes machines."""
+
+    agent_config: str = "/etc/landfall/agent.toml"
+    sending: Path = Path("/var/lib/landfall/state/transfers")  # on nas1
+    fetched: Path = Path("/var/lib/landfall/mgmt/transfers")  # on the management node
+    pool: Path = Path("/var/lib/landfall/pool")  # on a node without a volume group
+    secondary_address: str = "10.78.0.12"  # Vagrantfile
+    landfall: tuple[str, ...] = ("/opt/landfall/venv/bin/landfall",)
+    python: tuple[str, ...] = ("/opt/landfall/venv/bin/python",)  # on nas1
+    client: tuple[str, ...] = ()  # what runs an SMB client on this host
+
 
 Begin = Callable[[str, Mapping[str, Any], Hear], Playing]
 """Begins the plays of failover_drill.yml that carry a tag."""
@@ -47,12 +59,12 @@ Begin = Callable[[str, Mapping[str, Any], Hear], Playing]
 class Drill:
     """One drill on machines that are up and provisioned."""
 
-    def __init__(self, options: Options, stage: Stage, machines: Machines, begin: Begin) -> None:
+    def __init__(self, options: Options, stage: Stage, machines: Machines, begin: Begin, places: Places | None = None) -> None:
         self.options, self.stage, self.course = options, stage, Course()
         self.folder = options.folder.resolve()
         self.images = self.folder / "images"
         self.volume = f"drill-{wall_ns() // 10**9}"  # machines that held a drill before know that one's
-        self._machines, self._begin = machines, begin
+        self._machines, self._begin, self._places = machines, begin, places or Places()
 
     def run(self) -> Course:
         """Return the course of the drill. nas1 is left switched off; what the machines keep of the volume stays."""
@@ -81,7 +93,7 @@ class Drill:
     def _know_substrate(self) -> None:
         """ConfigInvalid unless both NAS have one substrate, the one that was asked for if any was."""
         for node in (PRIMARY, SECONDARY):
-            found = tomllib.loads(self._machines.run(node, ["cat", AGENT_CONFIG])).get("substrate", "reflink")
+            found = tomllib.loads(self._machines.run(node, ["cat", self._places.agent_config])).get("substrate", "reflink")
             if self.options.substrate not in {"", found}:
                 fix = f"`make vm-drill` provisions; or `playbooks/provision.yml` with landfall_substrate={self.options.substrate}."
                 raise ConfigInvalid(f"{node} was provisioned with {found}, not {self.options.substrate}", fix=fix)
@@ -92,10 +104,10 @@ class Drill:
         options = self.options
         with self.stage.step("evidence: nas1's frozen generations are copied here, with a digest of every file") as advance:
             for done, (name, generation) in enumerate((("base", ready.base), ("target", ready.target))):
-                copy_generation(self._machines, PRIMARY, generation, self._image(name))
+                copy_generation(self._machines, PRIMARY, self._places.pool, generation, self._image(name))
                 evidence.digests(self._image(name), options.filesystem, self.folder / f"{name}.json")
                 advance(done + 1, 2)
-            self._machines.copy_out(PRIMARY, ["cat", str(SENDING / str(ready.transfer) / "dmi")], self.images / "sent.dmi")
+            self._machines.copy_out(PRIMARY, ["cat", str(self._places.sending / str(ready.transfer) / "dmi")], self.images / "sent.dmi")
         raw = (self.images / "sent.dmi").read_bytes()
 
         def image_of(generation: GenerationId) -> Path:
@@ -123,7 +135,7 @@ class Drill:
             mount_point = json.loads((self.folder / "served.json").read_text())["mount_point"]
             copy_served(self._machines, SECONDARY, mount_point, self._image("result"))
             for name in ("dmi", "arrival"):
-                self._machines.copy_out(MANAGEMENT, ["cat", str(FETCHED / str(statement.transfer) / name)], self.images / name)
+                self._machines.copy_out(MANAGEMENT, ["cat", str(self._places.fetched / str(statement.transfer) / name)], self.images / name)
         with self.stage.step("check: every file against nas1's frozen generations, on this host"):
             self.course.findings = evidence.check(
                 Evidence(
@@ -133,8 +145,8 @@ class Drill:
                     result=self._image("result"),
                     dmi=self.images / "dmi",
                     arrival=self.images / "arrival",
-                    smb=f"//{SECONDARY_ADDRESS}/{self.volume}",
-                    smb_client="smbclient -N",
+                    smb=f"//{self._places.secondary_address}/{self.volume}",
+                    smb_client=shlex.join([*self._places.client, "smbclient", "-N"]),
                 ),
                 statement,
                 self.folder,
@@ -163,6 +175,9 @@ class Drill:
             "drill_differential": str(options.differential),
             "drill_rate_bytes_s": options.rate_bytes_s,
             "drill_folder": str(self.folder),
+            "drill_landfall": list(self._places.landfall),
+            "drill_python": list(self._places.python),
+            "drill_here": [*self._places.client, sys.executable],
         }
 
     def _hear(self, task: Task) -> None:
