@@ -138,13 +138,13 @@ class Scene:
             assert self.smb(name) == random.Random(seed).randbytes(size), name
 
     def break_off(self, source: NodeName, files: dict[str, tuple[int, int]]) -> None:
-        """Change files on the source, and pull its plug when half of them have been sent."""
+        """Change files on the source, and pull its plug when a quarter of it has been sent."""
         self.write(source, files)
         reached = threading.Event()
         failed: list[str] = []
 
         def tell(node: str, progress: m.Progress) -> None:
-            if progress.step == "pieces" and 0 < progress.total <= progress.done * 2:
+            if progress.step == "pieces" and 0 < progress.total <= progress.done * 4:
                 reached.set()
 
         def work(site: run.Site) -> None:
