@@ -88,7 +88,10 @@ def send_transfer(node: Node, arguments: m.SendTransfer, progress: ProgressCall)
                     )
                 )
         except BaseException:
-            node.store.set_state(transfer.id, m.TransferState.INTERRUPTED)
+            if transfer.mends:
+                node.store.discard(transfer.id)  # begun anew
+            else:
+                node.store.set_state(transfer.id, m.TransferState.INTERRUPTED)
             raise
         failpoint("src.before_release")
         node.store.set_state(transfer.id, m.TransferState.COMMITTED)

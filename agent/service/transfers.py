@@ -181,6 +181,7 @@ def _facts(node: Node, transfer: TransferRecord) -> m.TransferFacts:
         files,
         whole,
         transfer.since_ns,
+        transfer.mends,
     )
 
 

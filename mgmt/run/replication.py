@@ -175,7 +175,8 @@ def discard(site: Site, name: str, transfer: UUID | None = None) -> list[tuple[U
             # What a salvaged transfer takes is given up by name only, and when the secondary says that it is of no use any more.
             is_open = facts.state in OPEN_STATES and facts.target not in committed
             is_open |= facts.state is m.TransferState.SALVAGED and facts.id == transfer
-            if away and facts.sending and facts.state is m.TransferState.INTERRUPTED:
+            is_open |= facts.mends and facts.state in OPEN_STATES  # its target is on both nodes, and stays
+            if away and facts.sending and not facts.mends and facts.state is m.TransferState.INTERRUPTED:
                 raise away
             if facts.volume == entry.id and is_open and transfer in {None, facts.id}:
                 site.node(node).ask(m.DiscardTransfer(facts.id))

@@ -309,11 +309,12 @@ class Pair:
         silence_limit_s: float = 5.0,
         rate_limit_bytes_s: int = 0,
         on_progress: Callable[[m.Progress], None] | None = None,
+        mends: bool = False,
     ) -> m.Sent:
         """Send an already built transfer; raises what the sender raises."""
         passes = self.authority.passes("nas1", "nas2")
         listening = self.nas2.ask(
-            m.ReceiveTransfer(transfer, base, target, differential, streams, passes.token, passes.receiver, silence_limit_s)
+            m.ReceiveTransfer(transfer, base, target, differential, streams, passes.token, passes.receiver, silence_limit_s, mends)
         )
         address, port = route(listening.address, listening.port)
         answer = self.nas1.ask(

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import traceback
 from pathlib import Path
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import pytest
 
@@ -371,6 +371,18 @@ def test_discard_tells_both_nodes(pair: Pair) -> None:
         with pytest.raises(NoSuchTransfer):
             run.discard(site, "projects")
         assert not run.standing(site, "projects").open_transfers
+
+
+def test_a_mend_that_was_left_behind_is_discarded_though_its_target_is_on_both_nodes(pair: Pair) -> None:
+    with pair.site() as site:
+        pair.with_volume(site)
+        done = run.replicate(site, "projects")
+        left = pair.transfer(uuid4(), done.base, done.target, sending=True, state=S.WAITING)
+        pair.transfers["nas1"][left.id] = left
+        with pytest.raises(NoSuchTransfer):
+            run.discard(site, "projects")
+        pair.transfers["nas1"][left.id] = dataclasses.replace(left, mends=True)
+        assert run.discard(site, "projects") == [(left.id, "nas1")]
 
 
 def test_C1_adding_a_volume_can_be_finished_by_doing_it_again(pair: Pair) -> None:

@@ -45,6 +45,7 @@ class TransferFacts:
     files_total: int = 0
     files_whole: int = 0
     since_ns: int = 0
+    mends: bool = False  # it replaces damaged blocks of a generation that both nodes hold
 
 
 @dataclass(frozen=True, slots=True)
