@@ -157,7 +157,8 @@ FAILPOINTS: tuple[tuple[Phase, tuple[str, ...]], ...] = (
 """Which agent, in which phase, dies at which failpoint (and at its which passing)."""
 
 ELSEWHERE = {
-    "thin_map.reserved": "storage/test_volume_lvm_pool.py",  # only device-mapper goes there, and to the next
+    # Only device-mapper goes there.
+    "thin_map.reserved": "storage/test_volume_lvm_pool.py",
     "substrate.merge.kept": "storage/test_volume_lvm_merge.py",
     "substrate.merge.journalled": "storage/test_volume_lvm_merge.py",
     "substrate.merge.merged": "storage/test_volume_lvm_merge.py",
@@ -165,9 +166,12 @@ ELSEWHERE = {
     "substrate.operational.journalled": "storage/test_volume_lvm_merge.py",
     "substrate.operational.copied": "storage/test_volume_lvm_merge.py",
     "substrate.recover.before_sweep": "storage/test_volume_lvm_merge.py",
-    **{  # these want a network
-        f"address.{step}": "lab/test_serving.py" for step in ("before_take", "recorded", "after_take", "before_drop", "after_drop")
-    },
+    # These want a network.
+    "address.before_take": "lab/test_serving.py",
+    "address.recorded": "lab/test_serving.py",
+    "address.after_take": "lab/test_serving.py",
+    "address.before_drop": "lab/test_serving.py",
+    "address.after_drop": "lab/test_serving.py",
 }
 """Points on a way that this rig does not go, and the test that dies there."""
 
