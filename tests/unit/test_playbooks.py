@@ -67,7 +67,7 @@ def test_every_default_is_specified_as_it_is(role: Path) -> None:
             assert options[name]["default"] == value, name
 
 
-@pytest.mark.parametrize(("substrate", "group"), [("reflink", ""), ("lvm-thin", "landfall")])
+@pytest.mark.parametrize(("substrate", "group"), [("reflink", ""), ("lvm-thin", "landfall"), ("lvm-snapshot", "landfall")])
 def test_the_configuration_it_writes_is_one_the_agent_takes(tmp_path: Path, substrate: str, group: str) -> None:
     text = _render("agent/templates/agent.toml.j2", **AGENT, agent_substrate=substrate, agent_volume_group=group)
     path = tmp_path / "agent.toml"
