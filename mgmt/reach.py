@@ -292,6 +292,17 @@ class _Conversation:
             raise NodeUnreachable(f"the connection to {self._name} broke during {what}", cause=str(error)) from error
 
 
+def knock(address: str, port: int, limit_s: float) -> bool:
+    """Whether a machine answers there: a connection that is refused is refused by somebody."""
+    try:
+        socket.create_connection((address, port), limit_s).close()
+    except ConnectionRefusedError:
+        return True
+    except OSError:
+        return False
+    return True
+
+
 def ssh_node(entry: NodeEntry, *, connect_limit_s: float = 10.0, answer_limit_s: float = 600.0, term: int = 0) -> Node:
     """Return the agent of a node, reached over SSH when it is first asked something."""
     return Node(entry.name, _SshDoor(entry, connect_limit_s), answer_limit_s=answer_limit_s, term=term)

@@ -412,6 +412,28 @@ class FenceUnproved(LandfallError):
     )
 
 
+class FailoverBusy(LandfallError):
+    """A failover of this volume is under way, or was broken off and waits to be resumed. Nothing was changed."""
+
+    code, exit_code, retry, fix = (
+        "failover-busy",
+        82,
+        Retry.LATER,
+        "`landfall failover VOLUME` goes on with one that was broken off; wait for one that runs.",
+    )
+
+
+class SplitBrain(LandfallError):
+    """A node was promoted without proof that the other cannot write, so both may hold what the other lacks. Nothing is replicated."""
+
+    code, exit_code, retry, fix = (
+        "split-brain",
+        83,
+        Retry.OPERATOR,
+        "`landfall resync VOLUME --discard-from NODE` keeps what NODE holds as a generation, lists it, and lets it follow the other.",
+    )
+
+
 def by_code() -> dict[str, type[LandfallError]]:
     """Return every error class by its code."""
 

@@ -38,14 +38,14 @@ def create(lab: Lab) -> None:
         with_links(lab.namespace(node), partial(_address, node))
 
 
-def apply_cuts(lab: Lab, cut: frozenset[Pair]) -> None:
-    """Make exactly the pairs in ``cut`` unable to exchange a packet."""
+def apply_cuts(lab: Lab, cut: frozenset[Pair], off: frozenset[NodeName]) -> None:
+    """Make exactly the pairs in ``cut`` unable to exchange a packet, and those nodes that are ``off`` with anybody."""
 
     def set_ports(switch: IPRoute) -> None:
         for node, port in ports(cut).items():
             index = _index(switch, node)
             switch.brport("set", index=index, isolated=int(port is Port.ISOLATED))
-            switch.link("set", index=index, state="down" if port is Port.DOWN else "up")
+            switch.link("set", index=index, state="down" if port is Port.DOWN or node in off else "up")
 
     with_links(lab.switch, set_ports)
     for node in NodeName:
