@@ -10,6 +10,9 @@ from typing import Any, Final
 from agent.contract.errors import ConfigInvalid, NameRefused
 from agent.contract.identity import plain_name
 
+LEAST_MARGIN_S: Final = 10.0
+"""A node begins to give a volume up so long before its lease ends; the steps have half of that, and 5 s are left."""
+
 SUBSTRATES: Final = ("reflink", "lvm-thin", "lvm-snapshot")
 
 
@@ -32,6 +35,8 @@ class Config:
     volume_group: str = ""
     snapshot_percent: float = 25.0
     metrics_textfile: str = ""
+    service_interface: str = ""
+    lease_margin_s: float = LEAST_MARGIN_S
 
 
 def read_config(path: Path) -> Config:
@@ -65,6 +70,8 @@ def read_config(path: Path) -> Config:
         raise ConfigInvalid(f"{path}: volume_group is named if and only if substrate is lvm-thin or lvm-snapshot")
     if not 0 < config.snapshot_percent <= 100:
         raise ConfigInvalid(f"{path}: snapshot_percent is {config.snapshot_percent:g}, it must be more than 0 and at most 100")
+    if config.lease_margin_s < (0.5 if config.lab else LEAST_MARGIN_S):
+        raise ConfigInvalid(f"{path}: lease_margin_s is {config.lease_margin_s:g}, it must be {LEAST_MARGIN_S:g} or more")
     return config
 
 

@@ -72,6 +72,27 @@ MIGRATIONS: Final = (
     CREATE TABLE term (number INTEGER NOT NULL) STRICT;
     INSERT INTO term VALUES (1);
     """,
+    """
+    CREATE TABLE failover (
+        id TEXT PRIMARY KEY, volume TEXT NOT NULL, plan TEXT NOT NULL, operator TEXT NOT NULL, lost_ns INTEGER NOT NULL,
+        begun_ns INTEGER NOT NULL, ended_ns INTEGER, ending TEXT NOT NULL DEFAULT ''
+    ) STRICT;
+    CREATE UNIQUE INDEX one_open_failover ON failover (volume) WHERE ended_ns IS NULL;
+    CREATE TABLE failover_step (
+        failover TEXT NOT NULL REFERENCES failover ON DELETE CASCADE, step TEXT NOT NULL, begun_ns INTEGER NOT NULL, ended_ns INTEGER,
+        facts TEXT NOT NULL DEFAULT '{}', PRIMARY KEY (failover, step)
+    ) STRICT;
+    CREATE TABLE fence (
+        number INTEGER PRIMARY KEY, volume TEXT NOT NULL, node TEXT NOT NULL, epoch INTEGER NOT NULL, agent TEXT NOT NULL,
+        code INTEGER NOT NULL, proved INTEGER NOT NULL, words TEXT NOT NULL, at_ns INTEGER NOT NULL, seconds REAL NOT NULL
+    ) STRICT;
+    CREATE TABLE split_brain (
+        volume TEXT PRIMARY KEY REFERENCES volume ON DELETE CASCADE, node TEXT NOT NULL, epoch INTEGER NOT NULL, at_ns INTEGER NOT NULL
+    ) STRICT;
+    CREATE TABLE lease (
+        volume TEXT NOT NULL REFERENCES volume ON DELETE CASCADE, node TEXT NOT NULL, seconds REAL NOT NULL, PRIMARY KEY (volume, node)
+    ) STRICT;
+    """,
 )
 """Each takes the catalog from the version that is its index to the next."""
 
@@ -177,7 +198,7 @@ class Catalog:
         """Record a volume; VolumeExists if the name is taken."""
         row = (str(entry.id), entry.name, entry.primary, entry.secondary, entry.filesystem.value, entry.size_bytes)
         try:
-            with self._change() as db:
+            with self.change() as db:
                 db.execute("INSERT INTO volume VALUES (?, ?, ?, ?, ?, ?, '', 1, '', '', '')", row)
                 self._set_rules(db, entry)
         except sqlite3.IntegrityError as error:
@@ -185,19 +206,19 @@ class Catalog:
 
     def set_volume(self, entry: VolumeEntry) -> None:
         """Replace all that is recorded of a volume but its identity, filesystem and size."""
-        with self._change() as db:
+        with self.change() as db:
             for table in ("priority", "atomic_set"):
                 db.execute(f"DELETE FROM {table} WHERE volume = ?", (str(entry.id),))  # noqa: S608 - a name of ours
             self._set_rules(db, entry)
 
     def grow_volume(self, volume: UUID, size_bytes: int) -> None:
         """Record a volume's new size."""
-        with self._change() as db:
+        with self.change() as db:
             db.execute("UPDATE volume SET size_bytes = ? WHERE id = ?", (size_bytes, str(volume)))
 
     def forget_volume(self, volume: UUID) -> None:
         """Remove a volume that came to nothing."""
-        with self._change() as db:
+        with self.change() as db:
             db.execute("DELETE FROM volume WHERE id = ?", (str(volume),))
 
     def volume(self, name: str) -> VolumeEntry:
@@ -255,12 +276,12 @@ class Catalog:
 
     def hold(self, volume: UUID, held: Hold) -> None:
         """Record that a generation is not to be let go; said again, the new reason counts."""
-        with self._change() as db:
+        with self.change() as db:
             db.execute("INSERT OR REPLACE INTO hold VALUES (?, ?, ?, ?)", (str(volume), held.generation, held.reason, held.at_ns))
 
     def release(self, volume: UUID, generation: str) -> bool:
         """Forget a hold; whether there was one."""
-        with self._change() as db:
+        with self.change() as db:
             return bool(db.execute("DELETE FROM hold WHERE volume = ? AND generation = ?", (str(volume), generation)).rowcount)
 
     def holds(self, volume: UUID) -> list[Hold]:
@@ -273,7 +294,7 @@ class Catalog:
     def note(self, volume: UUID, kind: str, sentence: str, at_ns: int, facts: dict[str, Any] | None = None) -> None:
         """Add to a volume's history; what its newest entry of this kind says already is counted there."""
         document = json.dumps(facts or {}, sort_keys=True)
-        with self._change() as db:
+        with self.change() as db:
             newest = db.execute(
                 "SELECT number, sentence, facts FROM history WHERE volume = ? AND kind = ? ORDER BY number DESC LIMIT 1",
                 (str(volume), kind),
@@ -295,12 +316,43 @@ class Catalog:
             HistoryEntry(UUID(about), said, sentence, json.loads(facts), *when) for about, said, sentence, facts, *when in reversed(rows)
         ]
 
+    # --- who may write ---
+
+    def note_split_brain(self, volume: UUID, node: str, epoch: int, at_ns: int) -> None:
+        """Record that a volume was promoted at ``epoch`` without proof that ``node`` cannot write."""
+        with self.change() as db:
+            db.execute("INSERT OR REPLACE INTO split_brain VALUES (?, ?, ?, ?)", (str(volume), node, epoch, at_ns))
+
+    def end_split_brain(self, volume: UUID) -> None:
+        """Forget a split brain: what the other node held is kept, and it follows again."""
+        with self.change() as db:
+            db.execute("DELETE FROM split_brain WHERE volume = ?", (str(volume),))
+
+    def split_brain(self, volume: UUID) -> str | None:
+        """Return the node of which nothing proved that it could not write; None if there is no split brain."""
+        return next((node for (node,) in self.rows("SELECT node FROM split_brain WHERE volume = ?", str(volume))), None)
+
+    def failover_open(self, volume: UUID) -> bool:
+        """Whether a failover of the volume is under way, or was broken off."""
+        return bool(self.rows("SELECT 1 FROM failover WHERE volume = ? AND ended_ns IS NULL", str(volume)))
+
+    def note_lease(self, volume: UUID, node: str, seconds: float) -> None:
+        """Record, before it is asked for, that a node may have a lease of this length: a fence that waits leases out has to know."""
+        with self.change() as db:
+            db.execute("INSERT OR REPLACE INTO lease VALUES (?, ?, ?)", (str(volume), node, seconds))
+
+    def lease(self, volume: UUID, node: str) -> float:
+        """Return the seconds of the newest lease that a node may have; 0 if it never was given one."""
+        return next(
+            (seconds for (seconds,) in self.rows("SELECT seconds FROM lease WHERE volume = ? AND node = ?", str(volume), node)), 0.0
+        )
+
     # --- transfers ---
 
     def begin_transfer(self, entry: TransferEntry) -> None:
         """Record a transfer before anything of it is ordered; a known one is begun again."""
         base, target = (json.dumps(to_document(generation)) for generation in (entry.base, entry.target))
-        with self._change() as db:
+        with self.change() as db:
             db.execute(
                 "INSERT INTO transfer VALUES (?, ?, ?, ?, ?, ?, NULL, '') ON CONFLICT (id) DO UPDATE SET ended_ns = NULL, ending = ''",
                 (str(entry.id), str(entry.volume), base, target, entry.differential.value, entry.begun_ns),
@@ -308,7 +360,7 @@ class Catalog:
 
     def end_transfer(self, transfer: UUID, ending: str, at_ns: int) -> None:
         """Record how a session of a transfer ended."""
-        with self._change() as db:
+        with self.change() as db:
             db.execute("UPDATE transfer SET ended_ns = ?, ending = ? WHERE id = ?", (at_ns, ending, str(transfer)))
 
     def transfer(self, transfer: UUID) -> TransferEntry | None:
@@ -338,7 +390,7 @@ class Catalog:
     def store_notifications(self, node: str, notifications: tuple[Notification, ...]) -> list[Notification]:
         """Keep what an agent said, durable on return; return those that are new here."""
         new = []
-        with self._change() as db:
+        with self.change() as db:
             for said in notifications:
                 row = (
                     node,
@@ -369,7 +421,7 @@ class Catalog:
 
     def mark_handled(self, transfer: UUID) -> None:
         """Note that what was said of a transfer has been answered."""
-        with self._change() as db:
+        with self.change() as db:
             db.execute("UPDATE notification SET handled = 1 WHERE transfer = ?", (str(transfer),))
 
     # --- salvages ---
@@ -377,12 +429,12 @@ class Catalog:
     def add_salvage(self, statement: LossStatement) -> None:
         """Keep a loss statement."""
         row = (str(statement.transfer), str(statement.volume), statement.circumstances.at_ns, to_json(statement))
-        with self._change() as db:
+        with self.change() as db:
             db.execute("INSERT INTO salvage (transfer, volume, at_ns, statement) VALUES (?, ?, ?, ?)", row)
 
     def undo_salvage(self, volume: UUID, at_ns: int) -> None:
         """Note that the newest salvage of a volume was undone; its statement stays."""
-        with self._change() as db:
+        with self.change() as db:
             db.execute(
                 "UPDATE salvage SET undone_ns = ? WHERE number = (SELECT max(number) FROM salvage WHERE volume = ? AND undone_ns IS NULL)",
                 (at_ns, str(volume)),
@@ -423,7 +475,7 @@ class Catalog:
 
     def set_term(self, number: int) -> None:
         """Order in another term from now on."""
-        with self._change() as db:
+        with self.change() as db:
             db.execute("UPDATE term SET number = ?", (number,))
 
     # --- the file ---
@@ -435,9 +487,13 @@ class Catalog:
         for number in range(version, len(MIGRATIONS)):
             self._db.executescript(f"BEGIN IMMEDIATE; {MIGRATIONS[number]} PRAGMA user_version = {number + 1}; COMMIT;")
 
+    def rows(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
+        """Return what a query finds."""
+        return self._db.execute(query, values).fetchall()
+
     @contextmanager
-    def _change(self) -> Iterator[sqlite3.Connection]:
-        """Lend the connection inside one transaction."""
+    def change(self) -> Iterator[sqlite3.Connection]:
+        """Lend the connection inside one transaction, for a module that keeps tables of its own here."""
         self._db.execute("BEGIN IMMEDIATE")
         try:
             yield self._db

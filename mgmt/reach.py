@@ -118,13 +118,22 @@ class Node:
     @overload
     def ask(self, arguments: m.DemoteVolume, on_progress: OnProgress | None = ..., *, limit_s: float | None = ...) -> m.Demoted: ...
     @overload
+    def ask(self, arguments: m.RenewLease, on_progress: OnProgress | None = ..., *, limit_s: float | None = ...) -> m.Lease: ...
+    @overload
     def ask(self, arguments: m.ProbePeer, on_progress: OnProgress | None = ..., *, limit_s: float | None = ...) -> m.Probed: ...
     @overload
     def ask(self, arguments: m.ReadOutbox, on_progress: OnProgress | None = ..., *, limit_s: float | None = ...) -> m.Outbox: ...
     @overload
     def ask(
         self,
-        arguments: m.RemoveVolume | m.DropGeneration | m.CloseGeneration | m.DiscardTransfer | m.UndoSalvage | m.AcknowledgeOutbox,
+        arguments: m.RemoveVolume
+        | m.DropGeneration
+        | m.CloseGeneration
+        | m.DiscardTransfer
+        | m.UndoSalvage
+        | m.AcknowledgeOutbox
+        | m.TakeAddress
+        | m.DropAddress,
         on_progress: OnProgress | None = ...,
         *,
         limit_s: float | None = ...,
@@ -281,6 +290,17 @@ class _Conversation:
             raise NodeUnreachable(f"the agent on {self._name} fell silent during {what}") from error
         except OSError as error:
             raise NodeUnreachable(f"the connection to {self._name} broke during {what}", cause=str(error)) from error
+
+
+def knock(address: str, port: int, limit_s: float) -> bool:
+    """Whether a machine answers there: a connection that is refused is refused by somebody."""
+    try:
+        socket.create_connection((address, port), limit_s).close()
+    except ConnectionRefusedError:
+        return True
+    except OSError:
+        return False
+    return True
 
 
 def ssh_node(entry: NodeEntry, *, connect_limit_s: float = 10.0, answer_limit_s: float = 600.0, term: int = 0) -> Node:

@@ -11,12 +11,12 @@ from uuid import UUID
 import numpy as np
 from numpy.typing import NDArray
 
-from agent.contract.arrival import ArrivalRecord
+from agent.contract.arrival import ArrivalRecord, Arrived
 from agent.contract.closure import needed_pieces
 from agent.contract.dmi import MAX_PIECE_BLOCKS, Change, Dmi, FileKind, Side
 from agent.contract.identity import BLOCK_BYTES, GenerationId
 from agent.contract.messages import Deletions, FileOutcome, Outcome, Salvaged
-from mgmt.determination import OUTCOMES, AtomicSet, BrokenSet, Determination, Reason, members_of
+from mgmt.determination import OUTCOMES, AtomicSet, BrokenSet, Determination, Policy, Reason, determine, members_of
 
 CELLS: Final = 256
 NOTHING_THERE: Final = -1
@@ -161,6 +161,13 @@ def state(
         picture=Picture(_by_address(dmi, arrival), _by_send_order(dmi, arrival, priorities)),
         accounts=accounts,
     )
+
+
+def accounts_of(dmi: Dmi) -> tuple[FileAccount, ...]:
+    """Return every changed file of a DMI, as if all of it had arrived: what changed between two generations that one node holds."""
+    everything = np.full(dmi.piece_total, Arrived.UPDATE | Arrived.DIFFERENTIAL, dtype=np.uint8)
+    record = ArrivalRecord(dmi.head.transfer, b"", everything, 0, 0)
+    return tuple(_accounts(dmi, determine(dmi, record, Policy(Deletions.APPLY)), {}))
 
 
 def _accounts(dmi: Dmi, determination: Determination, said: Mapping[int, FileOutcome]) -> Iterator[FileAccount]:

@@ -30,9 +30,9 @@ class Sheet:
     note: str = ""
 
 
-def show(sheets: Sequence[Sheet]) -> None:
+def show(sheets: Sequence[Sheet], *, stderr: bool = False) -> None:
     """Print sheets: tables on a terminal, in a pipe a line a row with tabs between the fields."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, stderr=stderr)
     for sheet in sheets:
         if console.is_terminal:
             table = Table(*sheet.headings, box=None, header_style="dim", padding=(0, 2, 0, 0))

@@ -357,6 +357,28 @@ class NotPrimary(LandfallError):
     code, exit_code, retry, fix = "not-primary", 57, Retry.OPERATOR, "`landfall status` shows who is; `landfall failover` changes it."
 
 
+class AddressTaken(LandfallError):
+    """Another node on the link answers for the service address. It was not taken: clients would reach the one or the other."""
+
+    code, exit_code, retry, fix = (
+        "address-taken",
+        58,
+        Retry.OPERATOR,
+        "Find who has it (the cause names the hardware address) and let it give it up; then do it again.",
+    )
+
+
+class LeaseEnded(LandfallError):
+    """The lease for serving a volume ran out, or the node was booted since: it gave the volume up, and a renewal comes too late."""
+
+    code, exit_code, retry, fix = (
+        "lease-ended",
+        60,
+        Retry.OPERATOR,
+        "If nobody else was promoted meanwhile, `landfall serve VOLUME` begins anew; `landfall status` shows it.",
+    )
+
+
 class StaleTerm(LandfallError):
     """Another management node has taken over since this one was in charge, or its catalog is an old copy. The agents obey it no more."""
 
@@ -387,6 +409,28 @@ class FenceUnproved(LandfallError):
         81,
         Retry.OPERATOR,
         "Switch the node off and run it again; `--force` promotes without proof and is recorded as a split brain.",
+    )
+
+
+class FailoverBusy(LandfallError):
+    """A failover of this volume is under way, or was broken off and waits to be resumed. Nothing was changed."""
+
+    code, exit_code, retry, fix = (
+        "failover-busy",
+        82,
+        Retry.LATER,
+        "`landfall failover VOLUME` goes on with one that was broken off; wait for one that runs.",
+    )
+
+
+class SplitBrain(LandfallError):
+    """A node was promoted without proof that the other cannot write, so both may hold what the other lacks. Nothing is replicated."""
+
+    code, exit_code, retry, fix = (
+        "split-brain",
+        83,
+        Retry.OPERATOR,
+        "`landfall resync VOLUME --discard-from NODE` keeps what NODE holds as a generation, lists it, and lets it follow the other.",
     )
 
 

@@ -4,6 +4,8 @@ node         what the handlers work on: configuration, substrate, transfers, out
 term         which management node is obeyed
 volumes      create, admit, list
 serving      promote, serve, unserve, demote
+addresses    take, drop; the lookout for others who have them
+leases       lease; the watch over them
 growth       more room for a volume
 removal      the end of a volume
 peers        probe
@@ -31,10 +33,12 @@ from typing import Any
 from agent.config import Config
 from agent.contract import messages as m
 from agent.service import (
+    addresses,
     devices,
     generations,
     growth,
     health,
+    leases,
     mending,
     peers,
     receiving,
@@ -83,6 +87,9 @@ HANDLERS: dict[type[Any], Callable[[Node, Any, ProgressCall], Any]] = {
     m.DiscardTransfer: transfers.discard,
     m.UpdateInstruction: salvages.update,
     m.UndoSalvage: salvages.undo_salvage,
+    m.RenewLease: leases.renew,
+    m.TakeAddress: addresses.take,
+    m.DropAddress: addresses.drop,
     m.ProbePeer: peers.probe,
     m.ReadOutbox: lambda node, arguments, progress: m.Outbox(node.outbox.read(arguments.after, arguments.wait_s)),
     m.AcknowledgeOutbox: lambda node, arguments, progress: _acknowledge(node, arguments),
@@ -97,6 +104,7 @@ class Service:
         if set(HANDLERS) != {arguments for arguments, _ in m.VERBS.values()}:
             raise RuntimeError("a verb has no handler")
         self._node = Node(config)
+        self._lookout: addresses.Lookout | None = None
         self._metrics: TextFile | None = None
 
     def recover(self) -> None:
@@ -104,6 +112,8 @@ class Service:
         self._node.recover()
         transfers.recover(self._node)
         salvages.recover(self._node)
+        self._lookout = addresses.Lookout(self._node)
+        leases.LeaseWatch(self._node)
         if self._node.config.metrics_textfile:
             self._metrics = TextFile(self._node, Path(self._node.config.metrics_textfile))
 
@@ -119,6 +129,8 @@ class Service:
         """End what runs in the background; transfers stay resumable."""
         if self._metrics is not None:
             self._metrics.close()
+        if self._lookout is not None:
+            self._lookout.close()
         self._node.close()
 
 

@@ -17,8 +17,13 @@ from agent.contract.errors import DeviceBusy, NoSuchGeneration, NoSuchVolume, No
 from agent.contract.identity import GenerationId
 from agent.service.outbox import Outbox
 from agent.service.term import Term
+from agent.serving import address as addresses
+from agent.serving.address import Interface
+from agent.serving.keeper import KeeperOrder
 from agent.serving.samba import Samba
 from agent.serving.tenure import Tenures
+from agent.system.failpoint import failpoint
+from agent.system.neighbour import Link
 from agent.transfer.store import TransferStore
 from agent.volume import filesystem
 from agent.volume.freeze import thaw_if_frozen
@@ -54,8 +59,21 @@ class Node:
         self.substrate = _substrate(config)
         self.store = TransferStore(config.state_dir / "transfers")
         self.outbox = Outbox(config.state_dir / "outbox")
-        self.samba = Samba(config.run_dir / "samba", config.replication_address, config.smb_port, config.smb_guest or config.lab)
         self.tenures = Tenures(config.run_dir / "tenure")
+        self.samba = Samba(
+            config.run_dir / "samba", config.replication_address, config.smb_port, config.smb_guest or config.lab, self._service_addresses
+        )
+        self.keeper = KeeperOrder(
+            str(config.run_dir / "tenure"),
+            str(config.mount_dir),
+            str(self.samba.folder),
+            self.samba.address,
+            self.samba.port,
+            self.samba.guest,
+            config.lease_margin_s,
+        )
+        self.address_lock = threading.Lock()
+        self.ending = threading.Event()
         self.term = Term(config.state_dir / "term")
         self.receptions: dict[UUID, Reception] = {}
         self._jobs: dict[UUID, str] = {}
@@ -103,6 +121,26 @@ class Node:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         return folder
 
+    def link(self) -> Link:
+        """Return the interface of the service addresses; CommandFailed if it is missing."""
+        return addresses.link_with(self.config.replication_address, self.config.service_interface)
+
+    def drop_address(self, record: VolumeRecord, address: Interface | None = None) -> None:
+        """Have the address of a volume no more, or the one named. If we die after it is gone, it is recorded still, and dropped again."""
+        tenure = self.tenures.of(record.id)
+        recorded = addresses.parse(tenure.address) if tenure is not None and tenure.address else None
+        wanted = address or recorded
+        if wanted is None:
+            return
+        failpoint("address.before_drop")
+        addresses.remove(wanted)
+        failpoint("address.after_drop")
+        if tenure is not None and recorded == wanted:
+            self.tenures.have_address(record.id, record.name, tenure.epoch, "")
+
+    def _service_addresses(self) -> tuple[str, ...]:
+        return tuple(str(addresses.parse(tenure.address).ip) for tenure in self.tenures.all() if tenure.address)
+
     @contextmanager
     def job(self, volume: UUID, what: str) -> Iterator[None]:
         """Hold the volume for one job; TransferBusy names the other that has it."""
@@ -135,12 +173,14 @@ class Node:
         for folder in self.config.run_dir.glob("private/*"):
             with suppress(*([DeviceBusy] if folder.name == OPENED else [])):
                 filesystem.unmount_below(folder)
+        self.tenures.recover()
         self.substrate.recover()
 
     def close(self) -> None:
         """End background jobs; clients keep their exports."""
         for running in list(self.receptions.values()):
             running.cancel()
+        self.ending.set()
 
 
 def _substrate(config: Config) -> Substrate:

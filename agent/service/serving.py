@@ -8,19 +8,25 @@ asked again after a death, a verb goes on from what is true.
 from __future__ import annotations
 
 from contextlib import nullcontext
+from typing import Final
 
 from agent.contract import messages as m
-from agent.contract.errors import DeviceBusy, EpochStale, NoSuchGeneration, NotPrimary
+from agent.contract.errors import DeviceBusy, EpochStale, LeaseEnded, NoSuchGeneration, NotPrimary, RequestRefused
 from agent.contract.identity import GenerationId, GenerationKind, next_generation
 from agent.service.generations import settle
 from agent.service.node import Node, ProgressCall
 from agent.service.transfers import give_up, records_of
+from agent.serving import keeper
 from agent.serving.samba import Share
-from agent.serving.tenure import Tenure
-from agent.system.clock import wall_ns
+from agent.serving.tenure import Tenure, is_over, remaining_s
+from agent.system.clock import boottime_ns, wall_ns
 from agent.system.failpoint import failpoint
+from agent.system.files import locked
 from agent.volume import filesystem
 from agent.volume.substrate import VolumeRecord
+
+LONGEST_LEASE_S: Final = 86400.0
+LOCKS_S: Final = 90.0
 
 
 def promote(node: Node, arguments: m.PromoteVolume, progress: ProgressCall) -> m.VolumeFacts:
@@ -53,11 +59,12 @@ def serve(node: Node, arguments: m.ServeVolume, progress: ProgressCall) -> m.Vol
 
     If we die here it is confirmed, perhaps mounted, perhaps exported: asking again does what is missing.
     """
+    began_ns = boottime_ns()
     record = node.record(arguments.volume)
     with nullcontext() if _is_mounted(node, record) else node.job(record.id, "volume.serve"):  # what is mounted may be sending
         record = node.record(record.id)
         require_primary(node, record, arguments.epoch)
-        start_serving(node, record)
+        start_serving(node, record, lease_end_ns(node, arguments.lease_s, began_ns) if arguments.lease_s else None)
     return facts_of(node, record)
 
 
@@ -107,7 +114,8 @@ def facts_of(node: Node, record: VolumeRecord) -> m.VolumeFacts:
     serving = node.serving(record)
     mount_point = node.mount_point(record)
     salvaged = bool(generations) and m.newest(generations).kind is GenerationKind.SALVAGED
-    tenure = node.tenures.of(record.id)
+    tenure = node.tenures.of(record.id) or Tenure(record.id, record.name, record.epoch, "")
+    in_force = node.tenures.ended(tenure) is None
     return m.VolumeFacts(
         record.id,
         record.name,
@@ -120,7 +128,9 @@ def facts_of(node: Node, record: VolumeRecord) -> m.VolumeFacts:
         str(filesystem.device_of(mount_point)) if serving else "",
         str(mount_point) if serving else "",
         generations,
-        confirmed=tenure is not None and _is_primary_at(record, tenure.epoch),
+        lease_s=remaining_s(tenure, boottime_ns()) if in_force else None,
+        address=tenure.address if in_force else "",
+        confirmed=in_force and tenure.confirmed and _is_primary_at(record, tenure.epoch),
     )
 
 
@@ -132,10 +142,18 @@ def require_primary(node: Node, record: VolumeRecord, epoch: int) -> None:
         raise EpochStale(f"{_standing(node, record)}; the order names epoch {epoch}")
 
 
-def start_serving(node: Node, record: VolumeRecord) -> None:
-    """Confirm the tenure, mount, export; what is done already is left as it is."""
+def start_serving(node: Node, record: VolumeRecord, lease_until_ns: int | None = None) -> None:
+    """Confirm the tenure, mount, export; what is done already is left as it is.
+
+    LeaseEnded if the lease was over before that was done, as for an agent that was stopped meanwhile: what is up by then the keeper ends.
+    """
     mount_point = node.mount_point(record)
-    node.tenures.confirm(record.id, record.epoch)
+    with locked(node.keeper.folder / "gate", wait_s=LOCKS_S):
+        with locked(node.keeper.folder / "hands", wait_s=LOCKS_S):
+            tenure = node.tenures.confirm(record.id, record.name, record.epoch, lease_until_ns)
+        if lease_until_ns is not None:
+            keeper.ensure(node.keeper)
+    _refuse_over(node, tenure)
     failpoint("serve.before_mount")
     if not node.serving(record):
         mount_point.mkdir(mode=0o755, parents=True, exist_ok=True)
@@ -145,15 +163,21 @@ def start_serving(node: Node, record: VolumeRecord) -> None:
         filesystem.remount(mount_point, read_only=False)
     failpoint("serve.after_mount")
     failpoint("serve.before_export")
+    _refuse_over(node, tenure)
     node.samba.export(Share(record.name, mount_point))
     failpoint("serve.after_export")
+    if node.tenures.ended(tenure) is not None:
+        node.samba.withdraw(record.name)
+        _refuse_over(node, tenure)
 
 
 def stop_serving(node: Node, record: VolumeRecord, *, quiesce: bool = False) -> None:
-    """End exports, then unmount, or remount read-only."""
+    """End exports, give up the address, then unmount, or remount read-only."""
     failpoint("unserve.before_export")
     node.samba.withdraw(record.name)
     failpoint("unserve.after_export")
+    with node.address_lock:
+        node.drop_address(record)
     failpoint("unserve.before_mount")
     if node.serving(record):
         if quiesce:
@@ -162,6 +186,22 @@ def stop_serving(node: Node, record: VolumeRecord, *, quiesce: bool = False) -> 
             filesystem.unmount(node.mount_point(record))
         node.tenures.rest(record.id, _newest_counter(node, record))
     failpoint("unserve.after_mount")
+
+
+def lease_end_ns(node: Node, seconds: float, now_ns: int) -> int:
+    """Return when a lease that is given now ends; RequestRefused for one that would be over as soon as it begins."""
+    margin_s = node.config.lease_margin_s
+    if not margin_s < seconds <= LONGEST_LEASE_S:
+        raise RequestRefused(
+            f"a lease of {seconds:g} s",
+            cause=f"node {node.config.node} gives a volume up {margin_s:g} s before its lease ends; the longest is {LONGEST_LEASE_S:g} s",
+        )
+    return now_ns + round(seconds * 1e9)
+
+
+def _refuse_over(node: Node, tenure: Tenure) -> None:
+    if node.tenures.ended(tenure) is not None or is_over(tenure, boottime_ns(), node.config.lease_margin_s):
+        raise LeaseEnded(f"the lease of volume {tenure.name} was over before node {node.config.node} served it")
 
 
 def _is_primary_at(record: VolumeRecord, epoch: int) -> bool:

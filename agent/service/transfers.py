@@ -24,7 +24,7 @@ from agent.contract.errors import (
     TransferBusy,
     VersionUnknown,
 )
-from agent.contract.identity import BLOCK_BYTES, GenerationId
+from agent.contract.identity import BLOCK_BYTES, GenerationId, GenerationKind
 from agent.differential.build import drop as forget
 from agent.service.node import Node, ProgressCall
 from agent.system.failpoint import failpoint
@@ -94,9 +94,10 @@ def records_of(node: Node, volume: UUID) -> list[TransferRecord]:
     return [record for record in records if record.target.volume == volume]
 
 
-def is_held(node: Node, generation: GenerationId) -> bool:
+def is_held(node: Node, generation: GenerationId, kind: GenerationKind | None = None) -> bool:
+    """Whether a generation is here (as one of ``kind``, if that is named)."""
     try:
-        return any(facts.id == generation for facts in node.substrate.generations(generation.volume))
+        return any(facts.id == generation and kind in {None, facts.kind} for facts in node.substrate.generations(generation.volume))
     except NoSuchVolume:  # the pool was exchanged: what is known of its transfers must not keep the agent from starting
         return False
 
@@ -122,14 +123,14 @@ def interrupted(node: Node, transfer: TransferRecord, message: str | None) -> No
 
 
 def give_up(node: Node, transfer: TransferRecord, *, with_target: bool = True) -> None:
-    """Forget a transfer and what it needed; its target too, if it is this node's own, unless that is committed or to be held.
+    """Forget a transfer and what it needed; its target too, if it was taken for this. What was kept of an overtaken primary never goes.
 
     The record goes last, so a crash here leaves a transfer that can be discarded again.
     """
     if transfer.state is m.TransferState.SALVAGED and node.record(transfer.target.volume).role is m.Role.SECONDARY:
         raise DeviceBusy("a salvage of this transfer is committed", fix="Undo the salvage first, or keep both.")
     if transfer.sending:
-        is_left = transfer.state is not m.TransferState.COMMITTED and is_held(node, transfer.target)
+        is_left = transfer.state is not m.TransferState.COMMITTED and is_held(node, transfer.target, GenerationKind.FROZEN)
         if with_target and is_left and not transfer.mends:
             node.substrate.drop(transfer.target)
             forget(node.differential_state(transfer.target.volume), transfer.target)

@@ -39,6 +39,7 @@ class Samba:
     address: str
     port: int
     guest: bool
+    more: Callable[[], tuple[str, ...]] = tuple  # service addresses, as they are now
 
     def shares(self) -> tuple[Share, ...]:
         """Return the shares of a running smbd."""
@@ -54,6 +55,10 @@ class Samba:
         others = tuple(other for other in self.shares() if other.name != share.name)
         self._apply((*others, share))
 
+    def export_all(self, shares: tuple[Share, ...]) -> None:
+        """Serve exactly these."""
+        self._apply(shares)
+
     def withdraw(self, name: str) -> None:
         """End a share and its clients' connections to it; the last share ends smbd."""
         left = tuple(share for share in self.shares() if share.name != name)
@@ -64,15 +69,20 @@ class Samba:
         else:
             self.stop()
 
-    def stop(self) -> None:
-        """End smbd and every connection."""
+    def follow(self) -> None:
+        """Answer at the service addresses as they are now. smbd begins anew for that, and clients connect again."""
+        if self.shares():
+            self._apply(self.shares())
+
+    def stop(self, *, limit_s: float = START_LIMIT_S) -> None:
+        """End smbd and every connection; CommandFailed if that takes longer than ``limit_s``."""
         pid = self._pid()
         if pid is None:
             return
         for child in _descendants(pid):
             _signal(child, signal.SIGKILL)
         _signal(pid, signal.SIGKILL)
-        _wait(lambda: self._pid() is None, "smbd did not end")
+        _wait(lambda: self._pid() is None, "smbd did not end", limit_s)
 
     def answers(self) -> bool:
         """Whether smbd runs and takes connections; without a port it is not asked to."""
@@ -87,7 +97,10 @@ class Samba:
     def _apply(self, shares: tuple[Share, ...]) -> None:
         for name in ("private", "lock", "state", "cache", "ncalrpc", "pid"):
             (self.folder / name).mkdir(mode=0o755, parents=True, exist_ok=True)
-        write_durably(self._config, self._text(shares).encode(), mode=0o644)
+        text = self._text(shares)
+        if self._pid() is not None and self._interfaces() not in text:
+            self.stop()
+        write_durably(self._config, text.encode(), mode=0o644)
         if self._pid() is None:
             run(["smbd", "--daemon", f"--configfile={self._config}", f"--log-basename={self.folder}"])
             _wait(self._answers, "smbd did not start")
@@ -99,7 +112,7 @@ class Samba:
         head = f"""[global]
   server role = standalone server
   smb ports = {self.port}
-  interfaces = lo {self.address}
+  interfaces = {" ".join(("lo", self.address, *self.more()))}
   bind interfaces only = yes
   map to guest = {"Bad User" if self.guest else "Never"}
   private dir = {self.folder}/private
@@ -126,6 +139,10 @@ class Samba:
   wide links = no
 """
         return head + "".join(f"[{share.name}]\n  path = {share.path}\n  read only = no\n{guest}" for share in shares)
+
+    def _interfaces(self) -> str:
+        """Return the line that says where the running smbd listens."""
+        return next((f"{line}\n" for line in self._config.read_text().splitlines() if line.startswith("  interfaces = ")), "")
 
     def _answers(self) -> bool:
         pid = self._pid()
@@ -171,6 +188,6 @@ def _signal(pid: int, number: signal.Signals) -> None:
         return
 
 
-def _wait(condition: Callable[[], bool], sentence: str) -> None:
-    if not wait_until(condition, START_LIMIT_S):
-        raise CommandFailed(sentence, cause=f"not within {START_LIMIT_S:g} s")
+def _wait(condition: Callable[[], bool], sentence: str, limit_s: float = START_LIMIT_S) -> None:
+    if not wait_until(condition, limit_s):
+        raise CommandFailed(sentence, cause=f"not within {limit_s:g} s")

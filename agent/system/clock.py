@@ -17,6 +17,11 @@ def monotonic_s() -> float:
     return time.monotonic()
 
 
+def boottime_ns() -> int:
+    """Return nanoseconds since the boot, those of a suspended machine included (clock_gettime(2), CLOCK_BOOTTIME)."""
+    return time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+
+
 def wait_until(condition: Callable[[], bool], limit_s: float, *, every_s: float = 0.02) -> bool:
     """Return whether ``condition`` came true within ``limit_s``; for facts no event announces, such as a program's readiness."""
     until = monotonic_s() + limit_s

@@ -8,10 +8,12 @@ from __future__ import annotations
 import fcntl
 import os
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from agent.contract.errors import DeviceBusy
+from agent.system.clock import wait_until
 from agent.system.failpoint import failpoint
 
 TEMPORARY_PREFIX = ".new-"
@@ -59,16 +61,41 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def lock_for_life(path: Path) -> int:
+def lock_for_life(path: Path, *, wait_s: float = 0.0) -> int:
     """Return a descriptor that holds ``path`` locked until it is closed, or its process is gone; DeviceBusy if another holds it."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    if not wait_until(lambda: _is_locked(descriptor), wait_s):
+        os.close(descriptor)
+        raise DeviceBusy(f"another agent works on {path.parent}", cause=str(path), fix="Stop it first, or name another folder.")
+    return descriptor
+
+
+@contextmanager
+def locked(path: Path, *, wait_s: float) -> Iterator[None]:
+    """Hold ``path`` locked for as long as the context lasts; DeviceBusy if another holds it for longer than ``wait_s``."""
+    descriptor = lock_for_life(path, wait_s=wait_s)
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def held_elsewhere(path: Path) -> bool:
+    """Whether somebody holds ``path`` locked now."""
+    try:
+        with locked(path, wait_s=0.0):
+            return False
+    except DeviceBusy:
+        return True
+
+
+def _is_locked(descriptor: int) -> bool:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(descriptor)
-        raise DeviceBusy(f"another agent works on {path.parent}", cause=str(path), fix="Stop it first, or name another folder.") from error
-    return descriptor
+    except BlockingIOError:
+        return False
+    return True
 
 
 def sweep(directory: Path) -> None:

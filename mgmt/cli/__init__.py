@@ -18,7 +18,7 @@ from typing import Final, NoReturn
 import click
 
 from agent.contract.errors import LandfallError, PathRefused
-from mgmt.cli import charge, cycle, upkeep, volumes, watching, words
+from mgmt.cli import charge, cycle, failover, upkeep, volumes, watching, words
 from mgmt.cli.place import DEFAULT_CONFIG, Place
 
 LATER: Final = {"lab": ("mgmt.lab.cli", "lab"), "drill": ("mgmt.drill.cli", "drill")}
@@ -71,6 +71,9 @@ for command in (
     cycle.serve,
     cycle.unserve,
     cycle.discard,
+    failover.failover,
+    failover.failback,
+    failover.resync,
     watching.watch,
     watching.history,
     watching.hold,

@@ -146,17 +146,16 @@ def statement(place: Place, volume: str, html: Path | None, rows: int, as_json: 
 
 @click.command()
 @volume_argument
-@click.option("--node", help="Which node; without it, the secondary.")
-@click.option("--declare-dead", is_flag=True, help="Serve without asking the other node.")
+@click.option("--node", help="Which node; it has to be the primary.")
 @as_json_option
 @at_place
-def serve(place: Place, volume: str, node: str | None, declare_dead: bool, as_json: bool) -> None:
-    """Serve VOLUME from its secondary (or from NODE): its newest generation, mounted and exported."""
+def serve(place: Place, volume: str, node: str | None, as_json: bool) -> None:
+    """Serve VOLUME from its primary, as after a reboot of it; `failover` is what makes the other node the primary."""
     from mgmt import run
     from mgmt.terminal import say, show_json
 
     with place.site() as site:
-        facts = run.serve(site, volume, node=node, declare_dead=declare_dead)
+        facts = run.serve(site, volume, node=node)
     show_json(to_document(facts)) if as_json else say(f"Volume {facts.name} is served at {facts.mount_point}.")
 
 

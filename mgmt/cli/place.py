@@ -92,10 +92,10 @@ def want_name(yes: bool, name: str, consequence: str) -> None:
         raise click.Abort
 
 
-def want(yes: bool, question: str) -> None:
+def want(yes: bool, question: str, changes: str = "this changes what the secondary holds") -> None:
     """Go on only if a person says so: beforehand by --yes, or now at a terminal."""
     if yes:
         return
     if not sys.stdin.isatty():
-        raise click.UsageError("this changes what the secondary holds: add --yes")
+        raise click.UsageError(f"{changes}: add --yes")
     click.confirm(question, abort=True, err=True)

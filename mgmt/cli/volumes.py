@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
@@ -33,6 +34,7 @@ def rules(function: Callable[..., None]) -> Callable[..., None]:
             "--priority", "priorities", multiple=True, metavar="PREFIX=LEVEL", help="Send what is below PREFIX earlier; higher is earlier."
         ),
         click.option("--atomic", multiple=True, metavar="NAME=PATTERN", help="All or none of these files; give a NAME several times."),
+        click.option("--address", help="Where clients find it, on whichever node serves it: such as 192.0.2.100/24; '' for none."),
         click.option("--schedule", metavar="CALENDAR", help="When `landfall watch` replicates it, as in a systemd timer; '' for never."),
         click.option("--keep", metavar="RULE", help="Generations to keep, such as last=16,hourly=24,daily=7; '' for the configuration's."),
     ):
@@ -63,6 +65,7 @@ def volume_add(
     deletions: str | None,
     priorities: tuple[str, ...],
     atomic: tuple[str, ...],
+    address: str | None,
     schedule: str | None,
     keep: str | None,
     as_json: bool,
@@ -92,6 +95,7 @@ def volume_add(
             priorities=levels,
             sector_bytes=int(sector),
             mkfs_options=mkfs_options,
+            address=place_on_net(address),
         )
         run.set_volume(site, name, **timing)
     if as_json:
@@ -124,12 +128,25 @@ def volume_list(place: Place, as_json: bool) -> None:
             entry.policy.deletions.value,
             ", ".join(f"{prefix}={level}" for prefix, level in entry.priorities) or "-",
             ", ".join(atomic.name for atomic in entry.policy.atomic_sets) or "-",
+            entry.address or "-",
             entry.schedule or "-",
             str(entry.keep) or "-",
         )
         for entry in entries
     )
-    columns = ("volume", "filesystem", "size", "primary", "secondary", "deletions", "priorities", "atomic sets", "schedule", "keeps")
+    columns = (
+        "volume",
+        "filesystem",
+        "size",
+        "primary",
+        "secondary",
+        "deletions",
+        "priorities",
+        "atomic sets",
+        "address",
+        "schedule",
+        "keeps",
+    )
     show([Sheet(columns, rows)])
 
 
@@ -146,6 +163,7 @@ def volume_set(
     deletions: str | None,
     priorities: tuple[str, ...],
     atomic: tuple[str, ...],
+    address: str | None,
     schedule: str | None,
     keep: str | None,
     no_priorities: bool,
@@ -163,6 +181,8 @@ def volume_set(
         kept = {found.name: found for found in (() if no_atomic else entry.policy.atomic_sets)} | {found.name: found for found in sets}
         wanted = dict(() if no_priorities else entry.priorities) | dict(levels)
         policy = Policy(Deletions(deletions) if deletions else entry.policy.deletions, tuple(kept.values()))
+        if address is not None:
+            run.move_address(site, volume, place_on_net(address))
         entry = run.set_volume(site, volume, policy=policy, priorities=tuple(wanted.items()), **timing)
     if as_json:
         show_json(to_document(entry))
@@ -204,6 +224,19 @@ def volume_remove(place: Place, volume: str, without: str | None, yes: bool, as_
         want_name(yes, entry.name, f"This destroys volume {entry.name} and every generation of it")
         run.remove_volume(site, volume, without=without)
     show_json({"removed": entry.name, "id": str(entry.id)}) if as_json else say(f"Volume {entry.name} is gone.")
+
+
+def place_on_net(address: str | None) -> str:
+    """Return an address with the length of its network, as it is written everywhere; empty for none."""
+    if not address:
+        return ""
+    try:
+        found = ipaddress.ip_interface(address)
+    except ValueError as error:
+        raise click.BadParameter(f"{error}", param_hint="--address") from error
+    if "/" not in address or found.network.num_addresses == 1 or found.ip in (found.network.network_address, found.network[-1]):
+        raise click.BadParameter(f"{address!r} is no address of a network, such as 192.0.2.100/24", param_hint="--address")
+    return str(found)
 
 
 def _levels(priorities: tuple[str, ...]) -> tuple[tuple[str, int], ...]:

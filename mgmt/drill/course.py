@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from agent.contract import messages as m
 from mgmt.drill.evidence import Findings
+from mgmt.failover.account import Account
 from mgmt.report import LossStatement
 
 
@@ -18,5 +19,6 @@ class Course:
     detect_s: float = 0.0
     resumed: list[dict[str, int]] = field(default_factory=list)
     statement: LossStatement | None = None
+    failover: Account | None = None
     findings: Findings | None = None
     facts: m.TransferFacts | None = None

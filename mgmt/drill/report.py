@@ -41,6 +41,9 @@ def document(options: Options, course: Course) -> dict[str, Any]:
             "determine": round(statement.seconds.determine, 3),
             "recover": round(statement.seconds.recover, 3),
         }
+        if course.failover is not None:
+            spent = course.failover.seconds
+            report["seconds"] |= {"fence": round(spent.fence, 3), "serve": round(spent.serve, 3), "total": round(spent.total, 3)}
     elif facts is not None:
         whole = {"changed": facts.files_total, "recovered": facts.files_whole, "kept_at_base": 0, "absent": 0, "damaged": 0}
         report["files"] = whole
@@ -59,7 +62,8 @@ def sentence(options: Options, course: Course) -> str:
     files, findings = course.statement.files, course.findings
     share = 100 * files.recovered / max(files.recovered + files.kept_at_base + files.absent + files.damaged, 1)
     verdict = "the checker found nothing amiss" if findings is not None and findings.clean else "THE CHECKER FOUND FAULTS"
+    away = f", served {course.failover.seconds.total:.1f} s after the kill" if course.failover is not None else ""
     return (
         f"killed at {100 * course.killed_at:.0f} % of the bytes: {files.recovered:,} of {files.changed:,} changed files recovered "
-        f"({share:.1f} % of those to recover); {verdict}"
+        f"({share:.1f} % of those to recover){away}; {verdict}"
     )

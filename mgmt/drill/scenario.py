@@ -1,8 +1,8 @@
-"""The drill: a volume of real files, a replication that dies in the middle, a recovery, and an independent check of the result.
+"""The drill: a volume of real files, a replication that dies in the middle, a failover, and an independent check of the result.
 
 In the order of events: the lab; fill, replicate; change (by programs on the server and by SMB clients); replicate through a proxy that
-counts bytes;
-at the chosen byte something dies; what the kind of death asks for (salvage, or resume); the result served; the check; the report.
+counts bytes; at the chosen byte something dies; what the kind of death asks for: the transfer resumes, or nas2 takes over; the check; the
+report.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from agent.contract import messages as m
 from agent.contract.dmi import Dmi
 from agent.contract.errors import DrillFailed, LandfallError
 from agent.system.block import go_down
-from agent.system.clock import monotonic_s
+from agent.system.clock import monotonic_s, wall_ns
 from mgmt import run as operations
 from mgmt.drill import evidence, workload
 from mgmt.drill.course import Course
@@ -33,6 +33,8 @@ from mgmt.drill.options import MIB, Kill, Options
 from mgmt.drill.report import keep
 from mgmt.drill.stage import Stage, teller
 from mgmt.drill.wire import expected_bytes
+from mgmt.failover.driver import failover
+from mgmt.failover.plan import Wish
 from mgmt.inventory import Inventory, read_inventory
 from mgmt.lab import control, lifecycle
 from mgmt.lab.layout import NAMESPACES, NODE_ROOT, Lab, LabSubstrate, NodeName
@@ -41,6 +43,8 @@ from mgmt.lab.proxy import Action, Direction, Endpoint, Event, Proxy, Trigger
 from mgmt.report import LossStatement
 
 VOLUME: Final = "drill"
+ADDRESS: Final = "10.77.0.100/24"
+"""Where clients find the volume, before and after."""
 SILENCE_LIMIT_S: Final = 3.0
 DEATH_LIMIT_S: Final = 300.0
 DETECT_LIMIT_S: Final = 60.0
@@ -54,6 +58,7 @@ class Drill:
         self.folder = options.folder.resolve()
         self.lab = Lab.at(self.folder / "lab")
         self._stack = ExitStack()
+        self._died_ns = 0
 
     def run(self) -> Course:
         """Return the course of the drill; the lab is gone afterwards, also after Ctrl-C or an error, unless it is to be kept."""
@@ -77,10 +82,16 @@ class Drill:
         inventory = read_inventory(self.lab.node(NodeName.MGMT) / "etc" / "landfall.toml")
         site = self._stack.enter_context(operations.Site(_impatient(inventory)))
         operations.add_volume(
-            site, VOLUME, filesystem=options.filesystem, size_bytes=options.size_bytes, primary=NodeName.NAS1, secondary=NodeName.NAS2
+            site,
+            VOLUME,
+            filesystem=options.filesystem,
+            size_bytes=options.size_bytes,
+            primary=NodeName.NAS1,
+            secondary=NodeName.NAS2,
+            address=ADDRESS,
         )
         root = self._served(NodeName.NAS1)
-        client = self._client(NodeName.NAS1)
+        client = self._client()
         with self.stage.step(f"nas1: {options.files:,} files on {options.filesystem}") as advance:
             workload.fill(root, options.files, options.content_bytes, options.seed, advance)
             workload.smb_changes(client, 2 * options.seed)
@@ -91,7 +102,7 @@ class Drill:
                 self._interrupted(site, root, client, "the link is cut", self._cut_link, turn=0)
                 self._heal_and_resume(site)
                 self._interrupted(site, root, client, "the link is cut for good", self._cut_link, turn=1)
-                self._salvage(site, declare_dead=True)
+                self._fail_over(site, declare_dead=True)
             case Kill.RECEIVER:
                 self._interrupted(site, root, client, "nas2's agent is killed", self._kill_receiver, turn=0)
                 control.start_service(self.lab, NodeName.NAS2, "agent")
@@ -99,14 +110,15 @@ class Drill:
             case Kill.POWER:
                 self._interrupted(site, root, client, "nas2 loses power", self._cut_power, turn=0)
                 lifecycle.kill(self.lab, NodeName.NAS1)
+                self._died_ns = wall_ns()
                 lifecycle.start_node(self.lab, NodeName.NAS2)
-                self._salvage(site, declare_dead=False)
+                self._fail_over(site, declare_dead=False)
             case Kill.AGENT:
                 self._interrupted(site, root, client, "nas1's agent is killed", self._kill_agent, turn=0)
-                self._salvage(site, declare_dead=False)
+                self._fail_over(site, declare_dead=True)  # its machine still answers
             case Kill.NODE:
                 self._interrupted(site, root, client, "nas1 dies", self._kill_node, turn=0)
-                self._salvage(site, declare_dead=False)
+                self._fail_over(site, declare_dead=False)
 
     def _interrupted(
         self, site: operations.Site, root: Path, client: workload.SmbClient, what: str, die: Callable[[], None], *, turn: int
@@ -128,6 +140,7 @@ class Drill:
             order = _Interruption(self, site, die, held.close, advance)
             order.run()
         self.course.killed_at = order.killed_at
+        self._died_ns = order.died_ns
         self.course.bytes_sent = order.bytes_sent
         self.stage.say(f"  killed after {order.bytes_sent / MIB:.1f} MiB on the wire")
         if self.options.kill in (Kill.RECEIVER, Kill.POWER):
@@ -159,15 +172,13 @@ class Drill:
         """Return the newest transfer as NAS 2 knows it."""
         return max(site.node(NodeName.NAS2).ask(m.ListTransfers()).transfers, key=lambda facts: facts.target.counter)
 
-    def _salvage(self, site: operations.Site, *, declare_dead: bool) -> None:
-        with self.stage.step("mgmt: determination, update instruction; nas2: recovery, verification") as advance:
-            statement = operations.salvage_volume(
-                site, VOLUME, declare_dead=declare_dead, detect_s=self.course.detect_s, decide=lambda _: True, tell=teller(advance)
-            )
-        if statement is None:
-            raise DrillFailed("the salvage was not ordered")
-        with self.stage.step("nas2: serves the result over SMB"):
-            operations.serve(site, VOLUME, node=NodeName.NAS2, declare_dead=declare_dead)
+    def _fail_over(self, site: operations.Site, *, declare_dead: bool) -> None:
+        with self.stage.step("nas2 takes over: fence, determination, recovery, address, exports") as advance:
+            done = failover(site, VOLUME, Wish(declare_dead=declare_dead), lost_ns=self._died_ns, tell=teller(advance))
+        if done is None or done.transfer is None:
+            raise DrillFailed("nothing was recovered of the transfer")
+        self.course.failover = done
+        statement = site.catalog.newest_salvage(done.volume).statement
         self.course.statement = statement
         keep(self.folder, statement)
         with self.stage.step("check: every file against nas1's frozen generations"):
@@ -185,7 +196,7 @@ class Drill:
                     result=self._served(NodeName.NAS2),
                     dmi=files / "dmi",
                     arrival=files / "arrival",
-                    smb=f"//{NodeName.NAS2.address}/{VOLUME}",
+                    smb=f"//{ADDRESS.partition('/')[0]}/{VOLUME}",
                     smb_client=f"nsenter --net={namespace} smbclient -N",
                 ),
                 statement,
@@ -198,7 +209,7 @@ class Drill:
         control.kill_service(self.lab, NodeName.NAS1, "agent")
 
     def _kill_node(self) -> None:
-        self._cut_link()  # a machine without power does not say goodbye
+        self._cut_link()  # a machine without power does not say goodbye, as processes that are killed do
         lifecycle.kill(self.lab, NodeName.NAS1)
 
     def _cut_link(self) -> None:
@@ -220,9 +231,9 @@ class Drill:
     def _served(self, node: NodeName) -> Path:
         return within_node(self.lab, node, NODE_ROOT / "srv" / VOLUME)
 
-    def _client(self, node: NodeName) -> workload.SmbClient:
+    def _client(self) -> workload.SmbClient:
         namespace = NAMESPACES / self.lab.namespace(NodeName.MGMT)
-        return workload.SmbClient(node.address, VOLUME, ("nsenter", f"--net={namespace}", "--"))
+        return workload.SmbClient(ADDRESS.partition("/")[0], VOLUME, ("nsenter", f"--net={namespace}", "--"))
 
 
 class _Interruption:
@@ -240,6 +251,7 @@ class _Interruption:
         self.killed_at = 0.0
         self.bytes_sent = 0
         self.died_s = 0.0
+        self.died_ns = 0
 
     def run(self) -> None:
         """Return when it is dead and the replication has failed of it."""
@@ -254,7 +266,7 @@ class _Interruption:
             if event is None or self._proxy is None:
                 raise DrillFailed("the transfer ended before its byte came", cause=str(self._failure))
             self._die()
-            self.died_s = monotonic_s()
+            self.died_s, self.died_ns = monotonic_s(), wall_ns()
             self.bytes_sent = event.upstream_bytes
             self.killed_at = event.upstream_bytes / self._expected
             if self._drill.options.kill in (Kill.AGENT, Kill.RECEIVER):

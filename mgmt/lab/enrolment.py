@@ -28,6 +28,8 @@ inside the node (/run/landfall/node/etc/landfall.toml) and outside (LAB/mgmt/etc
     ssh_user = "root"
     ssh_key = "keys/nas1"                       # OpenSSH private key; good for `landfall-agent connect` and nothing else
     host_key = "ssh-ed25519 AAAA..."            # the only one accepted
+    fence = "lab"                               # pulls the node's plug; from outside the lab's nodes only
+    fence_options = { directory = "../.." }     # the lab's own folder
 """
 
 from __future__ import annotations
@@ -132,6 +134,7 @@ socket = "{AGENT_SOCKET}"
 mount_dir = "{NODE_ROOT}/srv"
 replication_address = "{node.address}"
 lab = true
+lease_margin_s = 2.0
 {on_group if substrate is not LabSubstrate.REFLINK else ""}"""
 
 
@@ -146,6 +149,8 @@ ssh_port = {SSH_PORT}
 ssh_user = "root"
 ssh_key = "keys/{node}"
 host_key = {json.dumps(host_keys[node])}
+fence = "lab"
+fence_options = {{ directory = "../.." }}
 """
         for node in NAS_NODES
     )

@@ -123,7 +123,10 @@ def down(lab: Lab) -> Outcome:
 def kill(lab: Lab, node: NodeName) -> Outcome:
     """Guarantee that the node is dead, as if its plug had been pulled; its disks stay as they are."""
     _require_up(lab)
-    return Outcome.DONE if remains.clear_node(lab, node) else Outcome.ALREADY
+    did = remains.clear_node(lab, node)
+    network.forget_services(lab, node)
+    _switch(lab, off=frozenset({node}))  # its namespace stays, and the kernel would still refuse connections in its name
+    return Outcome.DONE if did else Outcome.ALREADY
 
 
 def start_node(lab: Lab, node: NodeName) -> Outcome:
@@ -200,6 +203,7 @@ def _make_pool(lab: Lab, node: NodeName, marker: Marker) -> None:
 
 def _boot(lab: Lab, nodes: list[NodeName]) -> None:
     """Start the nodes side by side, and return when every service of them can be spoken to."""
+    _switch(lab, on=frozenset(nodes))
     booting = [(node, _spawn(lab, node)) for node in nodes]
     for node, child in booting:
         _wait_for_first_process(lab, node, child)
@@ -241,8 +245,14 @@ def _change_cuts(lab: Lab, *, add: frozenset[Pair], remove: frozenset[Pair]) -> 
     after = (before | add) - remove
     # The record first: if we die in between, the next cut or heal makes the switch what the record says.
     write_cuts(lab.cuts_path, after)
-    network.apply_cuts(lab, after)
+    _switch(lab)
     return Outcome.ALREADY if after == before else Outcome.DONE
+
+
+def _switch(lab: Lab, *, on: frozenset[NodeName] = frozenset(), off: frozenset[NodeName] = frozenset()) -> None:
+    """Let the switch be as the record of cuts says; a node without power, or about to lose it (``off``), is silent."""
+    silent = {node for node in NodeName if processes.first_process(lab, node) is None}
+    network.apply_cuts(lab, read_cuts(lab.cuts_path), frozenset((silent | off) - on))
 
 
 def _node_status(lab: Lab, node: NodeName) -> NodeStatus:

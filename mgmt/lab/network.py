@@ -10,6 +10,7 @@ import contextlib
 import errno
 import os
 from functools import partial
+from ipaddress import ip_address
 from pathlib import Path
 
 from pyroute2 import IPRoute
@@ -37,18 +38,32 @@ def create(lab: Lab) -> None:
         with_links(lab.namespace(node), partial(_address, node))
 
 
-def apply_cuts(lab: Lab, cut: frozenset[Pair]) -> None:
-    """Make exactly the pairs in ``cut`` unable to exchange a packet."""
+def apply_cuts(lab: Lab, cut: frozenset[Pair], off: frozenset[NodeName]) -> None:
+    """Make exactly the pairs in ``cut`` unable to exchange a packet, and those nodes that are ``off`` with anybody."""
 
     def set_ports(switch: IPRoute) -> None:
         for node, port in ports(cut).items():
             index = _index(switch, node)
             switch.brport("set", index=index, isolated=int(port is Port.ISOLATED))
-            switch.link("set", index=index, state="down" if port is Port.DOWN else "up")
+            switch.link("set", index=index, state="down" if port is Port.DOWN or node in off else "up")
 
     with_links(lab.switch, set_ports)
     for node in NodeName:
         with_links(lab.namespace(node), _forget_neighbours)
+
+
+def forget_services(lab: Lab, node: NodeName) -> None:
+    """Take from a node's link what it was given while it ran: its namespace outlives it, and would answer for service addresses."""
+    own = {node.address, node.address6}
+
+    def forget(links: IPRoute) -> None:
+        for found in list(links.get_addr(index=_index(links, LINK))):
+            address = found.get("address")
+            if address not in own and not ip_address(address).is_link_local:
+                links.addr("del", index=found["index"], address=address, prefixlen=found["prefixlen"])
+
+    if os.path.ismount(NAMESPACES / lab.namespace(node)):
+        with_links(lab.namespace(node), forget)
 
 
 def present(lab: Lab) -> bool:

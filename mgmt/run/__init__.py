@@ -24,7 +24,7 @@ from mgmt.run.salvage import salvage as salvage_volume
 from mgmt.run.site import Site, Teller
 from mgmt.run.standing import NodeView, Standing, gauge_of, standing
 from mgmt.run.verification import Damage, Verified, verify
-from mgmt.run.volumes import add_volume, grow_volume, list_volumes, serve, set_volume, unserve
+from mgmt.run.volumes import add_volume, grow_volume, list_volumes, move_address, serve, set_volume, unserve
 
 __all__ = [
     "CheckState",
@@ -45,6 +45,7 @@ __all__ = [
     "grow_volume",
     "hold",
     "list_volumes",
+    "move_address",
     "newest_statement",
     "preflight",
     "prepare",

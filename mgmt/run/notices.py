@@ -5,6 +5,7 @@ A notification is durable here before the agent is told to forget it. If we die 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 from uuid import UUID
@@ -26,11 +27,11 @@ class Collected:
     unreachable: tuple[str, ...]
 
 
-def collect(site: Site) -> Collected:
-    """Return what the agents had to say, stored and acknowledged."""
+def collect(site: Site, nodes: Sequence[str] | None = None) -> Collected:
+    """Return what the agents (without ``nodes``, all) had to say, stored and acknowledged."""
     new: list[m.Notification] = []
     unreachable = []
-    for name in site.inventory.names:
+    for name in site.inventory.names if nodes is None else nodes:
         try:
             new += _take(site, name, 0.0)
         except (NodeUnreachable, HostKeyChanged):

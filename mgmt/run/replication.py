@@ -15,7 +15,17 @@ from dataclasses import dataclass
 from uuid import UUID, uuid4
 
 from agent.contract import messages as m
-from agent.contract.errors import BaseMismatch, LandfallError, NodeUnreachable, NoSuchTransfer, NoSuchVolume, Retry, TransferBusy
+from agent.contract.errors import (
+    BaseMismatch,
+    FailoverBusy,
+    LandfallError,
+    NodeUnreachable,
+    NoSuchTransfer,
+    NoSuchVolume,
+    Retry,
+    SplitBrain,
+    TransferBusy,
+)
 from agent.contract.identity import GenerationId, GenerationKind, empty_generation
 from agent.system.clock import monotonic_s, wall_ns
 from mgmt.catalog import TransferEntry, VolumeEntry
@@ -77,14 +87,18 @@ def replicate(
     attempts: int | None = None,
     tell: Teller = nobody,
     on_order: Callable[[UUID, m.Built | None], None] | None = None,
+    within_failover: bool = False,
 ) -> Replicated:
     """Return once the volume's newest generation is committed on the secondary.
 
     Raises what ended the transfer: LinkLost after ``attempts`` sessions, NodeUnreachable when a node went away. What had arrived is kept
-    on the secondary, for the next order or a salvage. ``on_order`` hears the transfer before the first byte of it is sent.
+    on the secondary, for the next order or a salvage. ``on_order`` hears the transfer before the first byte of it is sent. SplitBrain,
+    FailoverBusy where a differential might overwrite what nobody else has; a failover's own steps are ``within_failover``.
     """
     begun = monotonic_s()
     entry = site.catalog.volume(name)
+    if not within_failover:
+        _refuse_contested(site, entry)
     order = _prepared(site, entry, differential, tell)
     record = TransferEntry(order.transfer, entry.id, order.base, order.target, differential, wall_ns())
     site.catalog.begin_transfer(record)
@@ -124,13 +138,22 @@ def replicate(
     )
 
 
-def prepare(site: Site, name: str, *, differential: m.Differential = m.Differential.VERIFY, tell: Teller = nobody) -> Prepared:
+def prepare(
+    site: Site,
+    name: str,
+    *,
+    differential: m.Differential = m.Differential.VERIFY,
+    tell: Teller = nobody,
+    within_failover: bool = False,
+) -> Prepared:
     """Return the transfer that the next ``replicate`` sends; nothing is sent now. What is there to go on with is returned as it is.
 
     If we die here, the primary holds a generation that is of no transfer, or a transfer that waits: the next order goes on with the one,
     and ``discard`` or the next commit lets go of the other.
     """
     entry = site.catalog.volume(name)
+    if not within_failover:
+        _refuse_contested(site, entry)
     return _prepared(site, entry, differential, tell)
 
 
@@ -164,6 +187,17 @@ def discard(site: Site, name: str, transfer: UUID | None = None) -> list[tuple[U
         site.catalog.end_transfer(found, "discarded", wall_ns())
         site.catalog.mark_handled(found)
     return gone
+
+
+def _refuse_contested(site: Site, entry: VolumeEntry) -> None:
+    """SplitBrain or FailoverBusy while it is not settled which node's content is the volume."""
+    if node := site.catalog.split_brain(entry.id):
+        raise SplitBrain(
+            f"nothing proved that {node} did not write volume {entry.name} when {entry.primary} took it over",
+            fix=f"`landfall resync {entry.name} --discard-from {node}` keeps what it holds as a generation, and lets it follow.",
+        )
+    if site.catalog.failover_open(entry.id):
+        raise FailoverBusy(f"a failover of volume {entry.name} is not done")
 
 
 def _committed(site: Site, entry: VolumeEntry) -> tuple[set[GenerationId], NodeUnreachable | None]:

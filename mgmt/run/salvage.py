@@ -56,7 +56,7 @@ def verdicts(site: Site, name: str, *, transfer: UUID | None = None, detect_s: f
     NoSuchTransfer where nothing is unfinished; TransferBusy while it still runs.
     """
     entry = site.catalog.volume(name)
-    notices.collect(site)
+    notices.collect(site, (entry.secondary,))  # a primary that is gone would take its time to be found so
     facts = _unfinished(site, entry, transfer)
     begun = monotonic_s()
     dmi, digest, record = _evidence(site, entry, facts.id, tell)
@@ -134,7 +134,7 @@ def newest_statement(site: Site, name: str) -> LossStatement:
 
 def _await_notification(site: Site, entry: VolumeEntry, transfer: UUID | None) -> None:
     """Give a secondary that still waits for its peer the time in which it must notice that the peer is gone."""
-    notices.collect(site)
+    notices.collect(site, (entry.secondary,))
     limits = {m.TransferState.RUNNING: 2 * site.inventory.silence_limit_s + 5, m.TransferState.WAITING: CONNECT_LIMIT_S + 5}
     for facts in _received(site, entry):
         if facts.state in limits and transfer in {None, facts.id}:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
@@ -10,15 +12,19 @@ from typing import Self
 from uuid import UUID
 
 from agent.contract import messages as m
-from agent.contract.errors import ConfigInvalid, NodeUnreachable, VersionUnknown
+from agent.contract.errors import ConfigInvalid, DeviceBusy, FailoverBusy, NodeUnreachable, VersionUnknown
 from agent.contract.messages import Progress
+from agent.system.files import lock_for_life
 from mgmt.authority import Authority
 from mgmt.catalog import Catalog
 from mgmt.inventory import Inventory
-from mgmt.reach import Node, ssh_node
+from mgmt.reach import Node, knock, ssh_node
 
 Teller = Callable[[str, Progress], None]
 """Told, with the name of the node that is at work, how far a long step is."""
+
+Knock = Callable[[str, int, float], bool]
+"""Whether a machine answers at an address and port, within seconds."""
 
 HELLO_LIMIT_S = 20.0
 
@@ -28,11 +34,12 @@ def nobody(node: str, progress: Progress) -> None:
 
 
 class Site:
-    """The management node at work. ``nodes`` replaces SSH in tests."""
+    """The management node at work. ``nodes`` and ``knock`` replace the network in tests."""
 
-    def __init__(self, inventory: Inventory, nodes: dict[str, Node] | None = None) -> None:
+    def __init__(self, inventory: Inventory, nodes: dict[str, Node] | None = None, knock: Knock = knock) -> None:
         inventory.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.inventory = inventory
+        self.knock = knock
         self.catalog = Catalog(inventory.state_dir / "catalog.sqlite")
         self._authority: Authority | None = None
         self._nodes: dict[str, Node] = dict(nodes or {})
@@ -86,6 +93,21 @@ class Site:
         if facts.node != name:
             raise ConfigInvalid(f"the node at {name}'s address calls itself {facts.node}")
         return facts
+
+    @contextmanager
+    def alone(self, volume: UUID) -> Iterator[None]:
+        """Keep two commands of this management node from deciding who writes a volume at the same time; FailoverBusy.
+
+        Whoever renews a lease holds it too, so that none is renewed while one is waited out. It ends with its holder.
+        """
+        try:
+            descriptor = lock_for_life(self.inventory.state_dir / "locks" / str(volume))
+        except DeviceBusy as error:
+            raise FailoverBusy("another command decides now who writes this volume") from error
+        try:
+            yield
+        finally:
+            os.close(descriptor)
 
     def take_over(self) -> int:
         """Put this management node in charge and return its term: above every agent's that answers; each is told at once.

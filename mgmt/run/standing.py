@@ -61,7 +61,7 @@ class Standing:
         if salvaged:
             return f"{self.secondary.node} holds what was salvaged of transfer {salvaged[-1].id}"
         if self.primary.facts is None and behind:
-            return f"{self.primary.node} does not answer: if it stays so, `landfall salvage {name}` brings {gauge_of(behind[-1]).sentence}"
+            return f"{self.primary.node} does not answer: if it stays so, `landfall failover {name}` brings {gauge_of(behind[-1]).sentence}"
         if behind:
             return f"a transfer is {behind[-1].state}: if {self.primary.node} died now, {gauge_of(behind[-1]).sentence} would survive"
         if self.never_replicated:
@@ -69,6 +69,11 @@ class Standing:
             return f"{gone}{self.secondary.node} holds nothing of it: it was never replicated"
         if self.primary.facts is None:
             return f"{self.primary.node} does not answer; {self.secondary.node} holds the last generation that was committed"
+        if self.secondary.facts.role is m.Role.PRIMARY and self.primary.facts.epoch > self.secondary.facts.epoch:
+            return (
+                f"{self.secondary.node} is back, and was overtaken at epoch {self.primary.facts.epoch}: `landfall failback {name}` keeps "
+                "what it holds and lets it follow"
+            )
         if self.secondary.facts.role is m.Role.PRIMARY:
             return f"{self.secondary.node} has taken it over; what {self.primary.node} holds is older and is not replicated any more"
         if not (self.primary.facts.serving or self.secondary.facts.serving):

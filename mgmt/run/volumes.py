@@ -7,11 +7,12 @@ from typing import Any
 from uuid import UUID, uuid4
 
 from agent.contract import messages as m
-from agent.contract.errors import LandfallError, LayoutUnsupported, NodeUnreachable, NoSuchVolume, PrimaryAlive, TransferBusy, VolumeExists
+from agent.contract.errors import LandfallError, LayoutUnsupported, NodeUnreachable, NoSuchVolume, NotPrimary, TransferBusy, VolumeExists
 from agent.contract.identity import FilesystemKind, GenerationKind, volume_name
 from mgmt.catalog import VolumeEntry
 from mgmt.determination import Policy
 from mgmt.reach import Node
+from mgmt.run.roles import roles_of
 from mgmt.run.site import Site
 
 
@@ -27,20 +28,21 @@ def add_volume(
     priorities: tuple[tuple[str, int], ...] = (),
     sector_bytes: int = 512,
     mkfs_options: tuple[str, ...] = (),
+    address: str = "",
 ) -> m.VolumeFacts:
-    """Return the volume as the primary serves it, with a secondary that is ready for its replica.
+    """Return the volume as the primary serves it (at ``address``, if it has one), with a secondary that is ready for its replica.
 
     Recorded first: if we die here, adding the same volume again finishes what is missing.
     """
     volume_name(name)
-    entry = VolumeEntry(uuid4(), name, primary, secondary, filesystem, size_bytes, policy or Policy(), priorities)
+    entry = VolumeEntry(uuid4(), name, primary, secondary, filesystem, size_bytes, policy or Policy(), priorities, address=address)
     one, other = site.node(primary), site.node(secondary)
     for node in (primary, secondary):
         site.hello(node)
     known = next((found for found in site.catalog.volumes() if found.name.lower() == name.lower()), None)
     if known is None:
         site.catalog.add_volume(entry)
-    elif dataclasses.replace(known, id=entry.id, policy=entry.policy, priorities=entry.priorities) != entry:
+    elif dataclasses.replace(known, id=entry.id, policy=entry.policy, priorities=entry.priorities, address=address) != entry:
         raise VolumeExists(f"there is another volume {known.name} already")
     else:
         entry = dataclasses.replace(entry, id=known.id)
@@ -57,6 +59,8 @@ def add_volume(
             if known is None:
                 site.catalog.forget_volume(entry.id)
             raise
+    if address:
+        one.ask(m.TakeAddress(entry.id, address))
     other.ask(m.AdmitReplica(entry.id, name, filesystem, size_bytes, sector_bytes))
     return facts
 
@@ -94,28 +98,61 @@ def set_volume(site: Site, name: str, **changes: Any) -> VolumeEntry:
     return site.catalog.volume(name)
 
 
-def serve(site: Site, name: str, *, node: str | None = None, declare_dead: bool = False) -> m.VolumeFacts:
-    """Return the volume as ``node`` (without one: its secondary) serves it from now on.
+def move_address(site: Site, name: str, address: str) -> VolumeEntry:
+    """Return the volume with another address (empty: none), which its primary takes before it gives the old one up.
 
-    PrimaryAlive while the other node answers, unless an operator declares it dead: two nodes must not both take writes.
+    If we die here the new one is recorded: `landfall serve` and every failover take it.
     """
     entry = site.catalog.volume(name)
-    server = node or entry.secondary
-    for other in {entry.primary, entry.secondary} - {server}:
-        if not declare_dead and site.alive(other):
-            facts = _held(site.node(other), entry.id)
-            if facts is not None and facts.serving:
-                raise PrimaryAlive(f"{other} answers and serves volume {name}", fix=f"`landfall unserve {name} --node {other}` first.")
-    held = facts_of(site.node(server), entry.id)
-    if held.role is m.Role.SECONDARY:
-        held = site.node(server).ask(m.PromoteVolume(entry.id, held.epoch + 1))
-    return site.node(server).ask(m.ServeVolume(entry.id, held.epoch))
+    site.catalog.set_volume(dataclasses.replace(entry, address=address))
+    primary = site.node(entry.primary)
+    if address:
+        primary.ask(m.TakeAddress(entry.id, address))
+    if entry.address and entry.address != address:
+        primary.ask(m.DropAddress(entry.id, entry.address))
+    return site.catalog.volume(name)
+
+
+def serve(site: Site, name: str, *, node: str | None = None) -> m.VolumeFacts:
+    """Return the volume as its primary serves it from now on, at its address; ``node``, if it is named, has to be that primary.
+
+    Nobody is promoted by this. NotPrimary for another node, and for one that was overtaken while it was away, which does not know it.
+    """
+    entry = follow_roles(site, site.catalog.volume(name))
+    server = node or entry.primary
+    facts = facts_of(site.node(server), entry.id)
+    if server != entry.primary or facts.epoch < entry.epoch:
+        raise NotPrimary(
+            f"{entry.primary} is the primary of volume {name} at epoch {entry.epoch}, {server} stands at epoch {facts.epoch}",
+            fix=f"`landfall failover {name}` lets the secondary take over, `landfall failback {name}` a node that has returned.",
+        )
+    if entry.address:
+        site.node(server).ask(m.TakeAddress(entry.id, entry.address))
+    return site.node(server).ask(m.ServeVolume(entry.id, facts.epoch))
 
 
 def unserve(site: Site, name: str, *, node: str | None = None) -> m.VolumeFacts:
-    """Return the volume after ``node`` (without one: its primary) stopped to serve it."""
+    """Return the volume after ``node`` (without one: its primary) stopped to serve it: exports, then the address."""
     entry = site.catalog.volume(name)
-    return site.node(node or entry.primary).ask(m.StopServing(entry.id))
+    server = site.node(node or entry.primary)
+    facts = server.ask(m.StopServing(entry.id))
+    if entry.address:
+        server.ask(m.DropAddress(entry.id, entry.address))
+    return facts
+
+
+def follow_roles(site: Site, entry: VolumeEntry) -> VolumeEntry:
+    """Return the volume's entry after the catalog was made to say what those nodes say that answer."""
+    held: dict[str, m.VolumeFacts | None] = {}
+    for node in (entry.primary, entry.secondary):
+        try:
+            held[node] = _held(site.node(node), entry.id)
+        except NodeUnreachable:
+            held[node] = None
+    actual = roles_of(entry, held)
+    if actual != entry:
+        site.catalog.set_volume(actual)
+    return actual
 
 
 def facts_of(node: Node, volume: UUID) -> m.VolumeFacts:

@@ -75,6 +75,8 @@ def _refused(facts: Facts) -> Decision | None:
     if standing.secondary.facts is not None and standing.secondary.facts.role is m.Role.PRIMARY:
         if standing.primary.facts is None:
             return Decision(Act.WAIT, f"waits for {one} to come back: {other} has taken the volume over")
+        if standing.secondary.facts.epoch < standing.primary.facts.epoch:
+            return Decision(Act.HOLD, f"holds still: {other} is back and was overtaken; `landfall failback {name}`")
         return Decision(Act.HOLD, f"holds still: {other} has taken the volume over, and {one} is back; `landfall failback {name}`")
     return None
 

@@ -156,17 +156,24 @@ FAILPOINTS: tuple[tuple[Phase, tuple[str, ...]], ...] = (
 )
 """Which agent, in which phase, dies at which failpoint (and at its which passing)."""
 
-IN_THE_GUEST = {
-    "thin_map.reserved": "test_volume_lvm_pool.py",
-    "substrate.merge.kept": "test_volume_lvm_merge.py",
-    "substrate.merge.journalled": "test_volume_lvm_merge.py",
-    "substrate.merge.merged": "test_volume_lvm_merge.py",
-    "substrate.merge.after": "test_volume_lvm_merge.py",
-    "substrate.operational.journalled": "test_volume_lvm_merge.py",
-    "substrate.operational.copied": "test_volume_lvm_merge.py",
-    "substrate.recover.before_sweep": "test_volume_lvm_merge.py",
+ELSEWHERE = {
+    # Only device-mapper goes there.
+    "thin_map.reserved": "storage/test_volume_lvm_pool.py",
+    "substrate.merge.kept": "storage/test_volume_lvm_merge.py",
+    "substrate.merge.journalled": "storage/test_volume_lvm_merge.py",
+    "substrate.merge.merged": "storage/test_volume_lvm_merge.py",
+    "substrate.merge.after": "storage/test_volume_lvm_merge.py",
+    "substrate.operational.journalled": "storage/test_volume_lvm_merge.py",
+    "substrate.operational.copied": "storage/test_volume_lvm_merge.py",
+    "substrate.recover.before_sweep": "storage/test_volume_lvm_merge.py",
+    # These want a network.
+    "address.before_take": "lab/test_serving.py",
+    "address.recorded": "lab/test_serving.py",
+    "address.after_take": "lab/test_serving.py",
+    "address.before_drop": "lab/test_serving.py",
+    "address.after_drop": "lab/test_serving.py",
 }
-"""Points on a way that only device-mapper goes, and the storage test that dies there."""
+"""Points on a way that this rig does not go, and the test that dies there."""
 
 ROWS = [(phase, point) for phase, points in FAILPOINTS for point in points]
 
@@ -174,9 +181,9 @@ ROWS = [(phase, point) for phase, points in FAILPOINTS for point in points]
 def test_every_failpoint_of_the_agent_has_a_row_here() -> None:
     named = {name for path in AGENT.rglob("*.py") for name in re.findall(r'failpoint(?:\(|, )f?"([^"]+)"', path.read_text())}
     named = {name.replace("{step}", step) for name in named for step in CLONES}
-    for name, test in IN_THE_GUEST.items():
-        assert f"{name}=kill" in (AGENT.parent / "tests" / "storage" / test).read_text()
-    assert named - IN_THE_GUEST.keys() == {point.partition(":")[0] for _, point in ROWS}
+    for name, test in ELSEWHERE.items():
+        assert f"{name}=kill" in (AGENT.parent / "tests" / test).read_text()
+    assert named - ELSEWHERE.keys() == {point.partition(":")[0] for _, point in ROWS}
 
 
 OTHERWISE = {

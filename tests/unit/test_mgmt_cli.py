@@ -23,6 +23,7 @@ from agent.contract.errors import explain as explain_code
 from mgmt import run
 from mgmt.cli import landfall
 from mgmt.cli.place import Place
+from mgmt.inventory import FenceOptions
 from mgmt.run import replication
 from tests.unit.mgmt_pair import Pair, die, lose
 from tests.unit.test_mgmt_reach import line_of, new_key
@@ -91,11 +92,29 @@ def test_the_cycle_from_the_command_line(pair: Pair, tmp_path: Path) -> None:
     assert data("statement", "projects") == stored
     lines = ask("statement", "projects").stdout.splitlines()
     assert "recovered\t10\twhole\tall its update and differential data arrived" in lines
-    assert data("serve", "projects")["serving"]
     assert data("salvage", "projects", "--undo", "--yes") == {"undone": "projects"}
     pair.nas1.dead = False
     assert data("replicate", "projects")["resumed"]
-    assert not data("unserve", "projects", "--node", "nas2")["serving"]
+    assert not data("unserve", "projects")["serving"]
+    assert data("serve", "projects")["serving"]
+
+
+def test_a_failover_from_the_command_line(pair: Pair) -> None:
+    pair.fence, pair.fence_options = "manual", FenceOptions()
+    ask("volume", "add", "projects", "--size", "1G")
+    data("replicate", "projects")
+    ask("failover", "projects", "--yes", error=PrimaryAlive)
+    pair.fails = [die()]
+    ask("replicate", "projects", error=NodeUnreachable)
+    steps = data("failover", "projects", "--dry-run")["steps"]
+    assert [found["step"] for found in steps] == ["fence", "salvage", "promote", "address", "serve", "record"]
+    assert "fence nas1 (by manual)" in ask("failover", "projects", "--dry-run").stdout
+    ask("failover", "projects", error=SystemExit)
+    ask("failover", "projects", "--planned", "--force", "--yes", error=SystemExit)
+    done = data("failover", "projects", "--yes", "--confirm-fenced", "nas1")
+    assert (done["target"], done["files_recovered"], done["kind"]) == ("nas2", 2, "unplanned")
+    assert done["rto_s"] > 0
+    assert "nas2 took projects over from nas1 (fenced by manual)" in ask("history", "projects").stdout
 
 
 def test_what_is_not_given_to_set_stays(pair: Pair) -> None:

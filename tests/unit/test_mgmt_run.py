@@ -18,6 +18,7 @@ from agent.contract.errors import (
     NodeUnreachable,
     NoSuchTransfer,
     NotificationUnhandled,
+    NotPrimary,
     PeerRefused,
     PrimaryAlive,
     TransferBusy,
@@ -413,13 +414,24 @@ def test_a_layout_that_is_refused_leaves_no_volume(pair: Pair) -> None:
         assert run.list_volumes(site) == []
 
 
-def test_I7_the_secondary_serves_only_when_the_primary_does_not(pair: Pair) -> None:
+def test_I7_only_the_primary_serves_and_serving_promotes_nobody(pair: Pair) -> None:
     with pair.site() as site:
         pair.with_volume(site)
-        with pytest.raises(PrimaryAlive):
-            run.serve(site, "projects")
         run.unserve(site, "projects")
+        with pytest.raises(NotPrimary):
+            run.serve(site, "projects", node="nas2")
         assert run.serve(site, "projects").serving
+        assert pair.nas2.said(m.ServeVolume) == pair.nas2.said(m.PromoteVolume) == []
+
+
+def test_I3_a_node_that_was_overtaken_while_it_was_away_is_not_served_from(pair: Pair) -> None:
+    with pair.site() as site:
+        pair.with_volume(site)
+        run.set_volume(site, "projects", primary="nas2", secondary="nas1", epoch=2)
+        pair.nas2.dead = True
+        with pytest.raises(NotPrimary, match="epoch 2"):
+            run.serve(site, "projects", node="nas1")
+        assert pair.nas1.said(m.ServeVolume) == []
 
 
 def test_C8_C9_taking_over_goes_above_every_agent_and_tells_them(pair: Pair) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
 from types import SimpleNamespace
 from typing import Any, cast
 from uuid import UUID, uuid4
@@ -41,11 +42,14 @@ class World:
         self.node = cast(
             Node,
             SimpleNamespace(
-                config=SimpleNamespace(node="nas1"),
+                config=SimpleNamespace(node="nas1", lease_margin_s=10.0),
                 substrate=substrate,
                 samba=samba,
                 job=self.job,
                 tenures=Tenures(folder / "tenure"),
+                keeper=SimpleNamespace(folder=folder / "tenure"),
+                address_lock=Lock(),
+                drop_address=lambda _: None,
                 record=lambda volume: self.records[volume],
                 serving=lambda record: record.name in self.mounted,
                 mount_point=lambda record: folder / record.name,

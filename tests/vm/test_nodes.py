@@ -25,7 +25,7 @@ DIRECTIVES = {
     "LimitCORE": "0",
     "Restart": "on-failure",
 }
-NEVER = {"cap_net_admin", "cap_net_raw", "cap_sys_module", "cap_sys_ptrace", "cap_sys_boot", "cap_sys_rawio", "cap_sys_time"}
+NEVER = {"cap_sys_module", "cap_sys_ptrace", "cap_sys_boot", "cap_sys_rawio", "cap_sys_time"}
 SERVED_PORTS = {22, 445}
 """SSH and SMB: all that a NAS may listen on while no transfer runs."""
 
@@ -94,7 +94,7 @@ def test_the_unit_has_its_directives(nas: Host) -> None:
     assert properties(nas, "landfall-agent", *DIRECTIVES) == DIRECTIVES
     rest = properties(nas, "landfall-agent", "CapabilityBoundingSet", "RestrictAddressFamilies", "SystemCallFilter", "ExecStartPre")
     assert not NEVER & set(rest["CapabilityBoundingSet"].split())
-    assert set(rest["RestrictAddressFamilies"].split()) == {"AF_UNIX", "AF_INET", "AF_INET6", "AF_NETLINK"}
+    assert set(rest["RestrictAddressFamilies"].split()) == {"AF_UNIX", "AF_INET", "AF_INET6", "AF_NETLINK", "AF_PACKET"}
     assert "check-config" in rest["ExecStartPre"]
     assert "init_module" not in rest["SystemCallFilter"]
 

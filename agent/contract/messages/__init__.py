@@ -9,7 +9,7 @@ it has heard, and lets lower ones only look. A class's docstring begins with its
 node         who answers, its health and devices, the path to its peer, its outbox
 generations  facts of them; take, drop, open, close, restore; examine, digests, owners
 volumes      facts of them; create, admit, list
-serving      promote, serve, unserve, demote
+serving      promote, serve, unserve, demote; lease, service address
 transfers    build, mend, receive, send, list, fetch, discard
 salvages     update, undo
 wire         lines and documents
@@ -67,11 +67,15 @@ from agent.contract.messages.salvages import (
 from agent.contract.messages.serving import (
     Demoted,
     DemoteVolume,
+    DropAddress,
+    Lease,
     Probed,
     ProbePeer,
     PromoteVolume,
+    RenewLease,
     ServeVolume,
     StopServing,
+    TakeAddress,
 )
 from agent.contract.messages.transfers import (
     Blob,
@@ -129,6 +133,7 @@ __all__ = [
     "Differential",
     "DiscardTransfer",
     "Done",
+    "DropAddress",
     "DropGeneration",
     "ExamineGeneration",
     "Examined",
@@ -141,6 +146,7 @@ __all__ = [
     "GrowVolume",
     "Health",
     "Hello",
+    "Lease",
     "ListDevices",
     "ListTransfers",
     "ListVolumes",
@@ -163,6 +169,7 @@ __all__ = [
     "ReceiveTransfer",
     "RefusedPath",
     "RemoveVolume",
+    "RenewLease",
     "ReplicaState",
     "RestoreFiles",
     "Restored",
@@ -172,6 +179,7 @@ __all__ = [
     "Sent",
     "ServeVolume",
     "StopServing",
+    "TakeAddress",
     "TakeGeneration",
     "Taken",
     "TlsMaterial",
@@ -224,6 +232,9 @@ VERBS: Final[dict[str, tuple[type[Any], type[Any]]]] = {
     "transfer.discard": (DiscardTransfer, Done),
     "salvage.update": (UpdateInstruction, Salvaged),
     "salvage.undo": (UndoSalvage, Done),
+    "volume.lease": (RenewLease, Lease),
+    "address.take": (TakeAddress, Done),
+    "address.drop": (DropAddress, Done),
     "peer.probe": (ProbePeer, Probed),
     "outbox.read": (ReadOutbox, Outbox),
     "outbox.acknowledge": (AcknowledgeOutbox, Done),

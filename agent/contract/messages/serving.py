@@ -25,10 +25,14 @@ class PromoteVolume:
 
 @dataclass(frozen=True, slots=True)
 class ServeVolume:
-    """volume.serve: mount and export; the node must be primary at exactly this epoch. Confirms its tenure since the last boot."""
+    """volume.serve: mount and export; the node must be primary at exactly this epoch. Confirms its tenure since the last boot.
+
+    ``lease_s``: with a lease from the beginning. Without one (0) it is served until somebody ends it, whatever lease there was.
+    """
 
     volume: UUID
     epoch: int
+    lease_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +59,38 @@ class Demoted:
     """``kept`` is what this node held and no other generation here that the peer is known to hold does; None if there is no such thing."""
 
     kept: GenerationFacts | None
+
+
+@dataclass(frozen=True, slots=True)
+class RenewLease:
+    """volume.lease: serve it for so many seconds from now on. A node gives up what is not renewed before that time has gone by."""
+
+    volume: UUID
+    epoch: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """How long the lease lasts, by the node's own clock."""
+
+    remaining_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class TakeAddress:
+    """address.take: have the service address of a volume, such as 192.0.2.100/24, and tell everybody. The node must be its primary."""
+
+    volume: UUID
+    address: str
+
+
+@dataclass(frozen=True, slots=True)
+class DropAddress:
+    """address.drop: have it no more."""
+
+    volume: UUID
+    address: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,6 +40,8 @@ class VolumeFacts:
     device: str  # the operational volume's block device while serving, else empty
     mount_point: str  # where it is mounted while serving, else empty
     generations: tuple[GenerationFacts, ...] = ()
+    lease_s: float | None = None  # how long its lease lasts; None: it has none
+    address: str = ""  # the service address that this node has for it
     confirmed: bool = False  # a primary that was told to serve at its epoch since this node was booted
 
 

@@ -1,0 +1,170 @@
+"""A program of its own: gives a volume up in time when its lease is not renewed, whatever has become of the agent.
+
+It lives as long as there is a lease, and outlives the agent: an agent that was killed, that hangs or that is stopped cannot end its
+exports. Every quarter of a second it looks at the tenures by CLOCK_BOOTTIME, which goes on while the machine sleeps. Some seconds before
+the end of a lease (``margin_s``) it marks the tenure as ended, and then ends the exports, gives up the address and makes the volume
+unwritable: each step even if the one before failed, and again as long as there is something left to do. From the mark on no renewal helps.
+If it dies, the agent starts another; if both do, the node has lost more than its lease.
+
+Usage: python -m agent.serving.keeper ORDER, where ORDER is a KeeperOrder as JSON.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+from uuid import UUID
+
+from agent.contract.errors import DeviceBusy, LandfallError
+from agent.contract.messages import from_document, to_document
+from agent.serving import address as addresses
+from agent.serving.samba import Samba
+from agent.serving.tenure import Tenure, Tenures, is_over
+from agent.serving.unwritable import make_unwritable
+from agent.system import clock
+from agent.system.files import held_elsewhere, lock_for_life, locked
+from agent.system.run import start
+from agent.volume import filesystem
+
+EVERY_S: Final = 0.25
+HANDS_S: Final = 1.0
+START_LIMIT_S: Final = 60.0
+REASON: Final = "its lease was not renewed in time"
+
+log = logging.getLogger("landfall.keeper")
+
+
+@dataclass(frozen=True, slots=True)
+class KeeperOrder:
+    """What a keeper works on."""
+
+    tenures: str
+    mounts: str
+    samba: str
+    samba_address: str
+    samba_port: int
+    samba_guest: bool
+    margin_s: float
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the tenures and of the keeper's locks."""
+        return Path(self.tenures)
+
+
+def ensure(order: KeeperOrder) -> None:
+    """Return when a keeper is at work; DeviceBusy if none could be started."""
+    if held_elsewhere(order.folder / "keeper"):
+        return
+    with open(order.folder / "keeper.log", "ab") as said:
+        argv = [sys.executable, "-m", "agent.serving.keeper", json.dumps(to_document(order))]
+        child = start(argv, stdout=said.fileno(), stderr=said.fileno())
+    if not clock.wait_until(lambda: held_elsewhere(order.folder / "keeper") or child.poll() not in (None, 0), START_LIMIT_S):
+        raise DeviceBusy("the keeper of the leases did not start", cause=str(order.folder / "keeper.log"))
+    child.returncode = 0  # it outlives this process
+
+
+def main() -> None:
+    """Keep the leases until there is none."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
+    order = from_document(json.loads(sys.argv[1]), KeeperOrder)
+    os.chdir("/")
+    try:
+        alone = lock_for_life(order.folder / "keeper", wait_s=HANDS_S)
+    except DeviceBusy:
+        return  # another is at work
+    tenures = Tenures(order.folder)
+    while not _is_idle(order, tenures):
+        for tenure in tenures.all():
+            if is_over(tenure, clock.boottime_ns(), order.margin_s):
+                _give_up(order, tenures, tenure.volume)
+        clock.wait_until(lambda: False, EVERY_S, every_s=EVERY_S)
+    os.close(alone)
+
+
+def _is_idle(order: KeeperOrder, tenures: Tenures) -> bool:
+    """Whether there is nothing to keep; decided while nobody can add something, so that no lease is without a keeper."""
+    if any(_wants_keeping(order, tenures, tenure) for tenure in tenures.all()):
+        return False
+    try:
+        with locked(order.folder / "gate", wait_s=0.0):
+            if any(_wants_keeping(order, tenures, tenure) for tenure in tenures.all()):
+                return False
+            os._exit(0)  # with both locks held to the end: whoever waits at the gate finds no keeper
+    except DeviceBusy:
+        return False
+
+
+def _wants_keeping(order: KeeperOrder, tenures: Tenures, tenure: Tenure) -> bool:
+    return tenure.lease_until_ns is not None and (tenures.ended(tenure) is None or _is_left(order, tenure))
+
+
+def _is_left(order: KeeperOrder, tenure: Tenure) -> bool:
+    """Whether something can still be reached or written to."""
+    is_mounted = filesystem.is_writable(Path(order.mounts) / tenure.name)
+    return is_mounted or bool(tenure.address and addresses.is_held(addresses.parse(tenure.address)))
+
+
+def _give_up(order: KeeperOrder, tenures: Tenures, volume: UUID) -> None:
+    """Mark, end the exports, give up the address, make unwritable. Whoever serves anew holds the same lock, but not for ever."""
+    with contextlib.ExitStack() as hands:
+        with contextlib.suppress(DeviceBusy):  # an agent that was stopped while it held them
+            hands.enter_context(locked(order.folder / "hands", wait_s=HANDS_S))
+        for tenure in tenures.all():
+            if tenure.volume != volume or not is_over(tenure, clock.boottime_ns(), order.margin_s):
+                continue
+            if tenures.ended(tenure) is not None and not _is_left(order, tenure):
+                continue
+            is_first = tenures.ended(tenure) is None
+            if is_first:
+                tenures.mark_ended(tenure, REASON)
+            how = _end(order, tenures, tenure)
+            if is_first:
+                tenures.mark_ended(tenure, f"{REASON}: {how}")
+                log.info("volume %s: %s: %s", tenure.name, REASON, how)
+
+
+def _end(order: KeeperOrder, tenures: Tenures, tenure: Tenure) -> str:
+    """Return in words what was done."""
+    done: list[str] = []
+    samba = Samba(
+        Path(order.samba), order.samba_address, order.samba_port, order.samba_guest, lambda: _addresses_without(tenures, tenure.address)
+    )
+    others = tuple(share for share in samba.shares() if share.name != tenure.name)
+    with _going_on(done, "the exports could not be ended"):
+        samba.stop(limit_s=HANDS_S)
+        done.append("exports ended")
+    if tenure.address:
+        with _going_on(done, "the address could not be given up"):
+            addresses.remove(addresses.parse(tenure.address))
+            done.append("address given up")
+    with _going_on(done, "the volume could not be made unwritable"):
+        done.append(make_unwritable(Path(order.mounts) / tenure.name, limit_s=order.margin_s / 4))
+    if others:
+        with _going_on(done, "the other shares could not be exported again"):
+            samba.export_all(others)
+    return ", ".join(done)
+
+
+def _addresses_without(tenures: Tenures, address: str) -> tuple[str, ...]:
+    return tuple(str(addresses.parse(other.address).ip) for other in tenures.all() if other.address and other.address != address)
+
+
+@contextlib.contextmanager
+def _going_on(done: list[str], otherwise: str) -> Iterator[None]:
+    try:
+        yield
+    except (LandfallError, OSError) as error:
+        log.exception("%s", otherwise)
+        done.append(f"{otherwise} ({error})")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""Making a volume unwritable within a time limit, whoever uses it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from agent.contract.errors import LandfallError
+from agent.system import block
+from agent.system.clock import wait_until
+from agent.system.run import start
+from agent.volume import filesystem
+
+
+def make_unwritable(mount_point: Path, *, limit_s: float) -> str:
+    """Return in words how: unmounted, or where a process uses it read-only, or shut down as by a power cut; ``limit_s`` for each way.
+
+    What was written before is written back first, as far as the time allows; a filesystem that was shut down replays its log at its next
+    mount. A program that hangs is left behind: it can do no harm to what comes after it.
+    """
+    if not filesystem.is_mounted(mount_point):
+        return "not mounted"
+    if _ends_well(["umount", "-n", str(mount_point)], limit_s) or not filesystem.is_mounted(mount_point):
+        return "unmounted"
+    _ends_well(["sync", "--file-system", str(mount_point)], limit_s)
+    if _ends_well(["mount", "-n", "-o", "remount,ro", str(mount_point)], limit_s) and not filesystem.is_writable(mount_point):
+        return "in use, made read-only"
+    mount_fd = os.open(mount_point, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        block.go_down(mount_fd, flush_log=True)
+    finally:
+        os.close(mount_fd)
+    return "in use, shut down"
+
+
+def _ends_well(argv: list[str], limit_s: float) -> bool:
+    """Whether a program ended with status 0 in time. It is not waited for any longer: what hangs in the kernel cannot be killed."""
+    try:
+        child = start(argv)
+    except LandfallError:
+        return False
+    wait_until(lambda: child.poll() is not None, limit_s)
+    if child.returncode is None:
+        child.returncode = -1
+        return False
+    return child.returncode == 0

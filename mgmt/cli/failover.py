@@ -1,0 +1,119 @@
+"""A volume changes sides: failover, and the way back: resync, failback."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from mgmt.cli.place import Place, as_json_option, at_place, volume_argument, want, yes_option
+
+if TYPE_CHECKING:
+    from mgmt.catalog import VolumeEntry
+    from mgmt.failover.failback import Agreement
+    from mgmt.failover.plan import Plan
+
+rows_option = click.option("--rows", type=click.IntRange(0), default=40, show_default=True, help="Files of each list, on a terminal.")
+
+
+@click.command()
+@volume_argument
+@click.option("--planned", is_flag=True, help="Both nodes live: hand the volume over without loss.")
+@click.option("--dry-run", is_flag=True, help="Show the steps and change nothing.")
+@click.option("--declare-dead", is_flag=True, help="Give the primary up although it is seen; it is fenced first.")
+@click.option("--force", is_flag=True, help="Promote without proof that the primary cannot write: recorded as a split brain.")
+@click.option("--confirm-fenced", metavar="NODE", default="", help="Say beforehand what the fence `manual` would ask.")
+@yes_option
+@as_json_option
+@at_place
+def failover(
+    place: Place,
+    volume: str,
+    planned: bool,
+    dry_run: bool,
+    declare_dead: bool,
+    force: bool,
+    confirm_fenced: str,
+    yes: bool,
+    as_json: bool,
+) -> None:
+    """Let VOLUME's secondary take over: fence, recover, promote, address, exports. One that was broken off goes on where it stopped."""
+    from mgmt.failover import driver, view
+    from mgmt.failover.plan import Wish
+    from mgmt.terminal import Bars, show, show_json
+
+    if planned and (declare_dead or force):
+        raise click.UsageError("--planned needs a primary that lives: it goes neither with --declare-dead nor with --force")
+    wish = Wish(planned, declare_dead, force)
+    if dry_run:
+        with place.site() as site:
+            made, first = driver.preview(site, volume, wish)
+        show_json(view.plan_document(made, first)) if as_json else show([view.plan_sheet(made, first)])
+        return
+
+    def decide(made: Plan) -> bool:
+        if not yes:
+            show([view.plan_sheet(made, made.steps[0])], stderr=True)
+        want(yes, f"Let {made.target} take {made.name} over?", f"this makes {made.target} the primary")
+        return True
+
+    with place.site() as site, Bars() as bars:
+        done = driver.failover(site, volume, wish, confirmed=confirm_fenced, decide=decide, tell=bars.tell)
+    if done is not None:
+        show_json(view.account_document(done)) if as_json else show(view.account_sheets(done))
+
+
+@click.command()
+@volume_argument
+@click.option(
+    "--discard-from", metavar="NODE", required=True, help="The node that follows from now on; what it holds is kept and listed first."
+)
+@rows_option
+@yes_option
+@as_json_option
+@at_place
+def resync(place: Place, volume: str, discard_from: str, rows: int, yes: bool, as_json: bool) -> None:
+    """Let the node that was overtaken follow VOLUME's primary again; ends a split brain."""
+    from mgmt.failover import failback as way_back
+    from mgmt.failover import view
+    from mgmt.terminal import Bars, show, show_json
+
+    with place.site() as site, Bars() as bars:
+        followed = way_back.resync(site, volume, discard_from, agree=_agreement(yes), tell=bars.tell)
+    if followed is not None:
+        show_json(view.followed_document(followed)) if as_json else show(view.followed_sheets(followed, rows))
+
+
+@click.command()
+@volume_argument
+@rows_option
+@yes_option
+@as_json_option
+@at_place
+def failback(place: Place, volume: str, rows: int, yes: bool, as_json: bool) -> None:
+    """Let the node that was overtaken follow, then take VOLUME over again as planned: what it still held is kept and listed first."""
+    from mgmt.failover import failback as way_back
+    from mgmt.failover import view
+    from mgmt.terminal import Bars, show, show_json
+
+    with place.site() as site, Bars() as bars:
+        done = way_back.failback(site, volume, agree=_agreement(yes), tell=bars.tell)
+    if done is None:
+        return
+    followed, account = done
+    if as_json:
+        show_json({"followed": followed and view.followed_document(followed), "failover": view.account_document(account)})
+        return
+    show([*(view.followed_sheets(followed, rows) if followed else ()), *view.account_sheets(account)])
+
+
+def _agreement(yes: bool) -> Agreement:
+    def agree(entry: VolumeEntry, node: str) -> bool:
+        want(
+            yes,
+            f"Keep what {node} holds of {entry.name} as a generation, and let it follow {entry.primary}?",
+            f"this makes {node} hold what {entry.primary} has",
+        )
+        return True
+
+    return agree

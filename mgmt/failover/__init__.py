@@ -1,0 +1,13 @@
+"""Failover and the way back, in the order in which a failure passes it.
+
+plan      what is to be done, from recorded facts alone; every refusal
+journal   the steps of a failover, durable: which are done, and what came of them
+witness   whether the primary is gone, by two paths
+steps     what each step does, and what happens if we die in it
+account   what a failover cost: seconds, and how much time of the volume was lost
+driver    a failover from the first look to the record, or from where it stopped
+failback  the node that returns: what it holds is kept and listed, then it follows, then it takes over again
+rehearsal the would-be result, mounted beside the running replica, looked at, thrown away
+
+states.dot shows the steps; a test holds it to the plans.
+"""

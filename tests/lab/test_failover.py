@@ -1,0 +1,342 @@
+"""A volume changes sides in a lab: lost and recovered at the same address, handed over under load, given back, contested, interrupted."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+
+from agent.contract import messages as m
+from agent.contract.errors import LandfallError, NodeUnreachable, NotPrimary, PrimaryAlive, SplitBrain
+from agent.contract.identity import FilesystemKind, GenerationKind
+from agent.system.clock import wait_until
+from agent.system.run import run as start_program
+from mgmt import run
+from mgmt.failover import driver, failback
+from mgmt.failover.account import Account
+from mgmt.failover.plan import HAND_OVER, TAKE_OVER, FailoverKind, Step, Wish
+from mgmt.inventory import FenceOptions, Inventory, read_inventory
+from mgmt.lab import lifecycle
+from mgmt.lab.layout import Lab, NodeName
+from mgmt.lab.namespace import within
+
+MGMT, NAS1, NAS2 = NodeName
+VOLUME_BYTES = 96 << 20
+LIMIT_S = 90.0
+FILES = 24
+BALLAST_BYTES = 12 << 20
+"""What nobody changes: whoever sends it again sends more than a differential."""
+
+T = TypeVar("T")
+
+WRITE = """
+import json, os, pathlib, random, sys
+root = pathlib.Path(sys.argv[1])
+for name, seed, size in json.load(sys.stdin):
+    (root / name).write_bytes(random.Random(seed).randbytes(size))
+os.sync()
+"""
+
+
+@pytest.fixture(scope="module")
+def lab() -> Iterator[Lab]:
+    with tempfile.TemporaryDirectory(prefix="landfall-failover-", dir="/var/tmp") as folder:
+        made = Lab.at(Path(folder) / "lab")
+        try:
+            lifecycle.up(made, pool_size_bytes=2 << 30)
+            configuration = made.node(MGMT) / "etc" / "landfall.toml"
+            configuration.write_text("silence_limit_s = 2.0\n" + configuration.read_text())
+            yield made
+        finally:
+            lifecycle.down(made)
+
+
+@dataclasses.dataclass
+class Scene:
+    """One volume of the lab, at an address of its own."""
+
+    lab: Lab
+    name: str
+    address: str
+    contents: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def inventory(self) -> Inventory:
+        return read_inventory(self.lab.node(MGMT) / "etc" / "landfall.toml")
+
+    def at_site(self, work: Callable[[run.Site], T], inventory: Inventory | None = None) -> T:
+        """Do something on the management node."""
+
+        def inside() -> T:
+            with run.Site(inventory or self.inventory) as site:
+                return work(site)
+
+        return within(self.lab.namespace(MGMT), inside)
+
+    def add(self) -> None:
+        self.at_site(
+            lambda site: run.add_volume(
+                site,
+                self.name,
+                filesystem=FilesystemKind.EXT4,
+                size_bytes=VOLUME_BYTES,
+                primary=NAS1,
+                secondary=NAS2,
+                address=f"{self.address}/24",
+            )
+        )
+
+    def write(self, node: NodeName, files: dict[str, tuple[int, int]]) -> None:
+        """Give each file the content that follows from its seed and size."""
+        listed = json.dumps([(name, *about) for name, about in files.items()]).encode()
+        argv = [sys.executable, "-c", WRITE, f"/run/landfall/node/srv/{self.name}"]
+        start_program(lifecycle.inside(self.lab, node, argv), stdin=listed)
+        self.contents |= files
+
+    def replicate(self) -> run.Replicated:
+        return self.at_site(lambda site: run.replicate(site, self.name))
+
+    def fail_over(self, wish: Wish | None = None) -> Account:
+        done = self.at_site(lambda site: driver.failover(site, self.name, wish or Wish()))
+        assert done
+        return done
+
+    def facts(self, node: NodeName) -> m.VolumeFacts:
+        def ask(site: run.Site) -> m.VolumeFacts:
+            return next(found for found in site.node(node).ask(m.ListVolumes()).volumes if found.name == self.name)
+
+        return self.at_site(ask)
+
+    def smbclient(self, command: str) -> bytes:
+        """Return what a client says who runs a command at the volume's address."""
+        argv = ["smbclient", f"//{self.address}/{self.name}", "-N", "-c", command]
+        output = within(self.lab.namespace(MGMT), lambda: start_program(argv, timeout_s=LIMIT_S, ok=range(256)))
+        return output.stdout + output.stderr
+
+    def smb(self, name: str) -> bytes:
+        """Return a file as a client reads it at the volume's address."""
+        with tempfile.TemporaryDirectory() as folder:
+            said = self.smbclient(f'get "{name}" "{folder}/got"')
+            got = Path(folder) / "got"
+            assert got.exists(), said
+            return got.read_bytes()
+
+    def assert_served(self, *names: str) -> None:
+        for name in names:
+            seed, size = self.contents[name]
+            assert self.smb(name) == random.Random(seed).randbytes(size), name
+
+    def break_off(self, source: NodeName, files: dict[str, tuple[int, int]]) -> None:
+        """Change files on the source, and pull its plug when a quarter of it has been sent."""
+        self.write(source, files)
+        reached = threading.Event()
+        failed: list[str] = []
+
+        def tell(node: str, progress: m.Progress) -> None:
+            if progress.step == "pieces" and 0 < progress.total <= progress.done * 4:
+                reached.set()
+
+        def work(site: run.Site) -> None:
+            try:
+                run.replicate(site, self.name, rate_limit_bytes_s=200_000, tell=tell)
+            except LandfallError as error:
+                failed.append(error.code)
+            finally:
+                reached.set()
+
+        going = threading.Thread(target=self.at_site, args=(work,))
+        going.start()
+        assert reached.wait(LIMIT_S)
+        lifecycle.kill(self.lab, source)
+        going.join(LIMIT_S)
+        assert failed == [NodeUnreachable.code]
+
+
+def scene_of(lab: Lab, name: str, number: int) -> Scene:
+    for node in (NAS1, NAS2):
+        lifecycle.start_node(lab, node)  # a test before may have pulled its plug
+    made = Scene(lab, name, f"10.77.0.{number}")
+    made.add()
+    made.write(NAS1, {"ballast": (99, BALLAST_BYTES)} | {f"old{index}": (index, 40_000) for index in range(FILES)})
+    made.replicate()
+    return made
+
+
+def changed(seed: int, size: int = 300_000) -> dict[str, tuple[int, int]]:
+    return {f"old{index}": (seed + index, size + 2000 * index) for index in range(0, FILES, 2)}
+
+
+def landfall(lab: Lab, *words: str) -> subprocess.CompletedProcess[bytes]:
+    """Run the command as an operator does."""
+    argv = [sys.executable, "-m", "mgmt.cli", "--lab", str(lab.directory), *words]
+    return subprocess.run(argv, capture_output=True, check=False, timeout=LIMIT_S)
+
+
+def dies_at(scene: Scene, point: str) -> bool:
+    """Let a process of the management node hand the volume over, killed at a failpoint; whether it was."""
+    child = os.fork()
+    if child == 0:
+        os.environ |= {"LANDFALL_ALLOW_FAILPOINTS": "1", "LANDFALL_FAILPOINTS": f"{point}=kill"}
+        try:
+            scene.fail_over(Wish(planned=True))
+        finally:
+            os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+def document(done: subprocess.CompletedProcess[bytes]) -> Any:
+    assert done.returncode == 0, done.stderr.decode()
+    return json.loads(done.stdout)
+
+
+def test_I1_I11_lost_recovered_at_the_same_address_and_given_back(lab: Lab) -> None:
+    scene = scene_of(lab, "lost", 100)
+    scene.assert_served("old1")
+    before = dict(scene.contents)
+    scene.break_off(NAS1, changed(1000))
+    sent = dict(scene.contents)
+
+    done = document(landfall(lab, "failover", "lost", "--yes", "--json"))
+    assert done["kind"] == "unplanned"
+    assert 0 < done["files_recovered"] < done["files_changed"]
+    assert done["rto_s"] == pytest.approx(sum(done["seconds"].values()))
+    assert done["seconds"]["fence"] > 0
+    statement = scene.at_site(lambda site: site.catalog.newest_salvage(site.catalog.volume("lost").id).statement)
+    verdicts = {account.paths[0]: account.outcome for account in statement.accounts}
+    recovered = [name for name in changed(0) if verdicts[name] is m.Outcome.RECOVERED]
+    kept = [name for name in changed(0) if verdicts[name] is m.Outcome.KEPT]
+    scene.contents |= {name: before[name] for name in kept}
+    scene.assert_served(recovered[0], kept[0], "old1")
+    (said,) = json.loads(landfall(lab, "history", "lost", "--kind", "failover", "--json").stdout)
+    assert said["facts"]["seconds"]["fence"] > 0
+
+    # It comes back: it serves nothing, and is not served from.
+    lifecycle.start_node(lab, NAS1)
+    assert not scene.facts(NAS1).serving
+    assert landfall(lab, "serve", "lost", "--node", "nas1").returncode == NotPrimary.exit_code
+    assert landfall(lab, "failover", "lost", "--planned", "--yes").returncode != 0
+    scene.write(NAS2, {"written on nas2": (7, 50_000), kept[0]: (8, 1000)})
+
+    both = document(landfall(lab, "failback", "lost", "--yes", "--json"))
+    followed = both["followed"]
+    listed = {found["path"]: (found["there"], found["here"]) for found in followed["comparison"]["held"]}
+    assert {name: listed.get(name) for name in kept[1:]} == dict.fromkeys(kept[1:], ("changed", "untouched"))
+    assert listed[kept[0]] == ("changed", "changed")
+    assert not set(recovered) & set(listed), "what was recovered is on both"
+    assert "written on nas2" in {found["path"] for found in followed["comparison"]["changed"]}
+    assert followed["bytes_sent"] < BALLAST_BYTES / 2, "a differential, not a copy of all"
+    assert both["failover"]["lost"]["volume"] == 0
+    assert (scene.facts(NAS1).role, scene.facts(NAS1).epoch, scene.facts(NAS1).serving) == (m.Role.PRIMARY, 3, True)
+    assert (scene.facts(NAS2).role, scene.facts(NAS2).serving) == (m.Role.SECONDARY, False)
+    held = [found for found in scene.facts(NAS1).generations if found.kind is GenerationKind.KEPT]
+    assert [found.id.name for found in held] == [followed["kept"]]
+    scene.assert_served("written on nas2", kept[0], recovered[0])
+    assert kept[1] in sent
+    scene.at_site(lambda site: run.replicate(site, "lost"))
+
+
+def test_I18_handed_over_under_load_nothing_that_was_acknowledged_is_lost(lab: Lab) -> None:
+    scene = scene_of(lab, "planned", 101)
+    acknowledged: list[int] = []
+    ended = threading.Event()
+
+    def write_on() -> None:
+        """Put files as a client does, until the server is not there any more."""
+        number = 0
+        with tempfile.TemporaryDirectory() as folder:
+            while not ended.is_set():
+                (Path(folder) / "log").write_bytes(b"%d" % number)
+                if b"NT_STATUS" in scene.smbclient(f'put "{folder}/log" log{number}'):
+                    return
+                acknowledged.append(number)
+                number += 1
+
+    writing = threading.Thread(target=write_on)
+    writing.start()
+    try:
+        assert wait_until(lambda: len(acknowledged) > 1, LIMIT_S)
+        done = scene.fail_over(Wish(planned=True))
+    finally:
+        ended.set()
+        writing.join(LIMIT_S)
+    assert (done.kind, done.lost.volume) == (FailoverKind.PLANNED, 0.0)
+    for number in (0, acknowledged[-1]):
+        assert scene.smb(f"log{number}") == b"%d" % number
+    assert (scene.facts(NAS1).role, scene.facts(NAS2).role) == (m.Role.SECONDARY, m.Role.PRIMARY)
+    assert scene.replicate().sent.bytes_sent < BALLAST_BYTES / 2
+
+
+def test_I2_C11_the_management_nodes_own_blindness_is_no_death(lab: Lab) -> None:
+    scene = scene_of(lab, "isolated", 102)
+    lifecycle.cut(lab, MGMT, NAS1)
+    try:
+        refused = landfall(lab, "failover", "isolated", "--yes")
+        assert refused.returncode == PrimaryAlive.exit_code
+        assert b"the node is not gone" in refused.stderr
+    finally:
+        lifecycle.heal(lab, MGMT, NAS1)
+    assert (scene.facts(NAS1).serving, scene.facts(NAS2).serving) == (True, False)
+    scene.assert_served("old1")
+
+
+def test_C5_C6_C7_the_management_process_dies_at_every_step_and_it_is_done_once(lab: Lab) -> None:
+    scene = scene_of(lab, "killed", 103)
+    for point in [f"failover.{when}_{step}" for step in (*HAND_OVER, *TAKE_OVER) for when in ("before", "after")]:
+        assert dies_at(scene, point), point
+    done = document(landfall(lab, "failover", "killed", "--planned", "--yes", "--json"))
+    assert done["epoch"] == 2
+    scene.assert_served("old1")
+    assert (scene.facts(NAS1).epoch, scene.facts(NAS2).epoch) == (2, 2)
+
+
+def test_I10_a_forced_promotion_is_a_split_brain_until_somebody_decides(lab: Lab) -> None:
+    scene = scene_of(lab, "forced", 104)
+    lifecycle.cut(lab, MGMT, NAS1)
+    lifecycle.cut(lab, NAS1, NAS2)
+    try:
+        entries = tuple(dataclasses.replace(entry, fence="ssh-stop", fence_options=FenceOptions()) for entry in scene.inventory.node)
+        unfenced = dataclasses.replace(scene.inventory, node=entries)
+        with pytest.raises(LandfallError, match="gave no proof"):
+            scene.at_site(lambda site: driver.failover(site, "forced", Wish()), unfenced)
+        assert scene.facts(NAS2).role is m.Role.SECONDARY
+        done = scene.at_site(lambda site: driver.failover(site, "forced", Wish(force=True)), unfenced)
+        assert done
+        assert done.split_brain
+        scene.write(NAS2, {"here": (1, 1000)})
+        scene.write(NAS1, {"there": (2, 1000)})
+    finally:
+        lifecycle.heal(lab, NAS1, NAS2)
+        lifecycle.heal(lab, MGMT, NAS1)
+    with pytest.raises(SplitBrain):
+        scene.replicate()
+    followed = document(landfall(lab, "resync", "forced", "--discard-from", "nas1", "--yes", "--json"))
+    assert [found["path"] for found in followed["comparison"]["held"]] == ["there"]
+    scene.replicate()
+    scene.assert_served("here", "old1")
+
+
+def test_I12_I13_the_way_back_is_interrupted_and_recovered_with_the_roles_swapped(lab: Lab) -> None:
+    scene = scene_of(lab, "back", 105)
+    scene.fail_over(Wish(planned=True))
+    scene.break_off(NAS2, changed(3000))
+    done = scene.fail_over()
+    assert (done.source, done.target, done.epoch) == ("nas2", "nas1", 3)
+    assert 0 < done.files_recovered < done.files_changed
+    scene.assert_served("old1")
+    lifecycle.start_node(lab, NAS2)
+    followed = scene.at_site(lambda site: failback.resync(site, "back"))
+    assert followed
+    assert followed.comparison.held
+    assert wait_until(lambda: scene.facts(NAS2).epoch == 3, LIMIT_S)
+    assert Step.FENCE not in (*HAND_OVER, *TAKE_OVER)
