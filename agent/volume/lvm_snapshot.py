@@ -21,8 +21,8 @@ copying what differs. Keep few generations, or use lvm-thin. In return the origi
 up under it, and the published method's differential volume is here literally.
 
 A snapshot that runs out of room is given up by the kernel, the origin going on: whatever was read from it is void. So its status is
-looked at before it is given to anybody and again when they are done (GenerationInvalid), and before a commit. What the agent itself
-writes never overflows one: before a merge every snapshot of the origin is extended by what may come, or the merge waits.
+looked at before it is given to anybody and again when they are done (GenerationInvalid), and before a commit. A merge overflows none:
+every snapshot of the origin is first extended by what may come, or the merge waits. A workspace has the room it was begun with.
 """
 
 from __future__ import annotations

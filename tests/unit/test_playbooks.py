@@ -128,3 +128,17 @@ def _registered(role: Path) -> list[str]:
         found += re.findall(r"register: (\w+)", text)
         found += re.findall(rf"^\s+({role.name}_\w+):", text, re.MULTILINE)
     return found
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--python", "2.7"], "landfall: a node needs Python 3.11 or newer, not '2.7'.\n"),
+        (["--machine", "x; id"], "landfall: 'x; id' is no machine's name; x86_64 and aarch64 are.\n"),
+        (["--output"], "landfall: unknown argument --output; use --python VERSION or --machine NAME.\n"),
+    ],
+)
+def test_the_wheelhouse_refuses_what_it_cannot_build_in_a_sentence(arguments: list[str], sentence: str) -> None:
+    script = PLAYBOOKS.parent / "packaging" / "wheelhouse.sh"
+    done = subprocess.run([script, *arguments], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (2, sentence)
