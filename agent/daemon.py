@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from agent.config import Config
-from agent.contract.errors import LandfallError, NotOurs, RequestRefused, VersionUnknown
+from agent.contract.errors import DeviceFailed, LandfallError, NotOurs, RequestRefused, VersionUnknown
 from agent.contract.messages import (
     LOOKING,
     MAX_LINE_BYTES,
@@ -118,7 +118,10 @@ def _answer(service: Service, connection: socket.socket, number: Any, request: d
         nonlocal heard  # a management node that went away is not told any more, and nothing stops for it
         heard = heard and _say(connection, {"id": number, "progress": to_document(Progress(step, done, total))})
 
-    result = service.handle(arguments, progress)
+    try:
+        result = service.handle(arguments, progress)
+    except OSError as error:  # ours, not the connection's: whoever asked is told
+        raise DeviceFailed(f"{request['verb']} failed on a disk of this node", cause=str(error), fix="Look at dmesg.") from error
     if isinstance(result, bytes):
         return to_document(Blob(len(result))), result
     return to_document(result), b""

@@ -10,6 +10,7 @@ catalog        what is remembered of volumes, transfers, notifications and salva
 fencing        the proof that a node cannot write any more
 run            the operations: replicate, salvage and the rest
 bundle         what somebody who helps must know
+failover       the plan, the journal and the steps by which the other node takes over, and the way back
 lab, drill     three nodes on one machine, and the failure rehearsed on them
 cli            the commands
 """

@@ -424,6 +424,11 @@ class Catalog:
         with self.change() as db:
             db.execute("UPDATE notification SET handled = 1 WHERE transfer = ?", (str(transfer),))
 
+    def mark_over(self, node: str, volume: UUID, kind: str) -> None:
+        """Note that what a node said of a volume, in notifications of one kind, is not so any more."""
+        with self.change() as db:
+            db.execute("UPDATE notification SET handled = 1 WHERE node = ? AND volume = ? AND kind = ?", (node, str(volume), kind))
+
     # --- salvages ---
 
     def add_salvage(self, statement: LossStatement) -> None:

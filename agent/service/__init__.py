@@ -111,6 +111,7 @@ class Service:
         """Finish or sweep what the last run of the agent left half done."""
         self._node.recover()
         transfers.recover(self._node)
+        self._node.watch = devices.watch(self._node)
         salvages.recover(self._node)
         self._lookout = addresses.Lookout(self._node)
         leases.LeaseWatch(self._node)

@@ -31,6 +31,7 @@ from agent.volume.lvm_snapshot import LvmSnapshotSubstrate
 from agent.volume.lvm_thin import LvmThinSubstrate
 from agent.volume.reflink import ReflinkSubstrate
 from agent.volume.substrate import Substrate, VolumeRecord
+from agent.volume.watch import DeviceWatch
 
 OPENED = "opened"
 """The private folder of generations that are mounted for somebody to look into."""
@@ -76,6 +77,7 @@ class Node:
         self.ending = threading.Event()
         self.term = Term(config.state_dir / "term")
         self.receptions: dict[UUID, Reception] = {}
+        self.watch: DeviceWatch | None = None
         self._jobs: dict[UUID, str] = {}
         self._lock = threading.Lock()
 
@@ -178,6 +180,8 @@ class Node:
 
     def close(self) -> None:
         """End background jobs; clients keep their exports."""
+        if self.watch is not None:
+            self.watch.close()
         for running in list(self.receptions.values()):
             running.cancel()
         self.ending.set()

@@ -50,6 +50,7 @@ def receive(node: Node, arguments: m.ReceiveTransfer, progress: ProgressCall) ->
     try:
         failpoint("dst.before_listen")
         transfer = mending.expected(node, volume, arguments) if arguments.mends else _expected(node, volume, arguments)
+        _begin_anew_if_distrusted(node, transfer)
         receiver = Receiver(_receive_job(node, transfer, arguments))
         is_committed = not transfer.mends and is_held(node, transfer.target)
         node.store.set_state(transfer.id, m.TransferState.COMMITTED if is_committed else m.TransferState.WAITING)
@@ -145,6 +146,13 @@ def _refuse_unfit_base(node: Node, volume: VolumeRecord, base: GenerationId, tar
             f"the base {base.name} is not the newest generation here", cause=f"that is {newest.id.name} of epoch {newest.id.epoch}"
         )
     node.substrate.refuse_written(base)
+
+
+def _begin_anew_if_distrusted(node: Node, transfer: TransferRecord) -> None:
+    """Let pieces land on fresh clones, where the volumes that they landed on proved to lose writes. If we die here it is done again."""
+    if node.store.distrusted(transfer.id):
+        node.substrate.discard(Workspace(transfer.base.volume, transfer.id, WorkspaceKind.HEALED))
+        node.store.forget_arrival(transfer.id)
 
 
 def newest_before(node: Node, base: GenerationId, target: GenerationId) -> m.GenerationFacts:

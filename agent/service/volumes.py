@@ -74,7 +74,7 @@ def list_volumes(node: Node, arguments: m.ListVolumes, progress: ProgressCall) -
             found.append(facts_of(node, record))
         except (LandfallError, OSError) as error:
             unreadable.append(m.Unreadable(record.id, f"volume {record.name}", str(error)))
-    return m.Volumes(tuple(found), tuple(unreadable))
+    return m.Volumes(tuple(found), tuple(unreadable), node.watch.troubles() if node.watch else ())
 
 
 def _is_unfinished(node: Node, record: VolumeRecord) -> bool:

@@ -150,10 +150,12 @@ class Landing:
     def verify(self) -> int:
         """Read every piece back from the landing volume and return how many bytes that were; VerifyFailed if one is not what was sent.
 
-        Such a piece is struck from the record, so that it is sent again.
+        Such a piece is struck from the record, so that no salvage takes it. The landing volume is not gone on with: a disk that loses a
+        write may have lost what a thin pool copied around it, which no piece tells of. If we die before the mark, this is found again.
         """
         bad = self._unequal(self._landing, np.arange(self._dmi.piece_total, dtype=np.uint32), self._dmi.update_digest)
         if len(bad):
+            self._writer.distrust()
             self._writer.append(bad, self._writer.bits[bad] & ~_UPDATE)
             raise VerifyFailed(
                 f"{len(bad)} pieces do not read back from the landing volume as they were sent", cause=f"first: piece {bad[0]}"
@@ -162,6 +164,7 @@ class Landing:
         if len(healed):
             bad = self._unequal(self._healed_device(), healed, self._dmi.diff_digest)
             if len(bad):
+                self._writer.distrust()
                 lost = ~(_DIFFERENTIAL | _HEALED)
                 self._writer.append(bad, (self._writer.bits[bad] & lost) | _BASE_DIFFERS)
                 raise VerifyFailed(f"{len(bad)} pieces do not read back from the healed base", cause=f"first: piece {bad[0]}")

@@ -363,7 +363,7 @@ class Receiver:
             landing.stop()
         for stream in streams:
             if not isinstance(error, LinkLost):
-                stream.complain(error if isinstance(error, LandfallError) else LandfallError(f"{type(error).__name__} on the target"))
+                stream.complain(_complaint(error))
             stream.abort()
         self._first.put(None)
 
@@ -380,6 +380,15 @@ class Receiver:
         self._door.free()
         for stream in streams:
             stream.close()
+
+
+def _complaint(error: BaseException) -> LandfallError:
+    """Return what the source is told of a failure here."""
+    if isinstance(error, LandfallError):
+        return error
+    if isinstance(error, OSError):
+        return DeviceFailed("a disk of the target failed", cause=str(error), fix="Look at the target's dmesg and journal.")
+    return LandfallError(f"{type(error).__name__} on the target")
 
 
 def _token(text: str) -> bytes:

@@ -31,6 +31,8 @@ from agent.system.failpoint import failpoint
 
 VERSION: Final = 1
 _JSON_BYTES: Final = 1 << 20
+DISTRUSTED: Final = "distrusted"
+"""The mark beside an arrival record whose landing volume lost a write."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +151,15 @@ class TransferStore:
         """Return the identity of the stored DMI (16 bytes)."""
         return identity(self.dmi_bytes(transfer))
 
+    def distrusted(self, transfer: UUID) -> bool:
+        """Whether a volume in which the transfer's pieces landed proved to lose writes."""
+        return (self.folder(transfer) / DISTRUSTED).exists()
+
+    def forget_arrival(self, transfer: UUID) -> None:
+        """Forget what is recorded as arrived, and that it was distrusted. If we die here the record is gone and the mark stays."""
+        files.remove_durably(self.arrival_path(transfer))
+        files.remove_durably(self.folder(transfer) / DISTRUSTED)
+
     def arrival(self, transfer: UUID, dmi_digest: bytes, pieces: int) -> arrival.ArrivalRecord:
         """Return what has arrived; nothing where there is no record yet. RecordMalformed, VersionUnknown."""
         try:
@@ -174,6 +185,10 @@ class ArrivalWriter:
         if os.fstat(self._fd).st_size != record.valid_bytes:
             os.ftruncate(self._fd, record.valid_bytes)
             os.fsync(self._fd)
+
+    def distrust(self) -> None:
+        """Note durably that a volume here lost a write: what lies around the pieces on it is not known to be the base's any more."""
+        files.write_durably(self._path.with_name(DISTRUSTED), b"")
 
     def append(self, pieces: NDArray[np.uint32], bits: NDArray[np.uint8]) -> None:
         """Record ``bits`` as the state of ``pieces``, durably. The caller has made durable what they speak of.

@@ -7,6 +7,7 @@ believed only if the group's UUID in it is the one that was opened. Sources: lvm
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,6 +133,7 @@ def stamp(of: Group) -> bytes | None:
 def create(of: Group, arguments: Sequence[str], name: str, tags: Sequence[str] = ()) -> None:
     """Make a logical volume with its tags in one commit."""
     _lvm(["lvcreate", "--yes", *_options("--addtag", tags), "--name", name, *arguments])
+    _make_durable(of)
 
 
 def retag(of: Group, volume: LogicalVolume, *, add: Sequence[str] = (), drop: Sequence[str] = (), writable: bool | None = None) -> None:
@@ -139,6 +141,7 @@ def retag(of: Group, volume: LogicalVolume, *, add: Sequence[str] = (), drop: Se
     drop = [tag for tag in drop if tag not in add]
     permission = [] if writable is None or writable is not volume.read_only else ["--permission", "rw" if writable else "r"]
     _lvm(["lvchange", *_options("--deltag", drop), *_options("--addtag", add), *permission, f"{of.name}/{volume.name}"])
+    _make_durable(of)
 
 
 def change(of: Group, name: str, *arguments: str) -> None:
@@ -172,6 +175,7 @@ def merge(of: Group, snapshot: LogicalVolume) -> None:
     From LVM's first commit on the origin reads as the snapshot did. If we die here LVM and the kernel go on, also after a boot.
     """
     _lvm(["lvconvert", "--merge", "--interval", "1", f"{of.name}/{snapshot.name}"], timeout_s=_MERGE_LIMIT_S)
+    _make_durable(of)
 
 
 def poll(of: Group, origin: LogicalVolume) -> None:
@@ -186,6 +190,16 @@ def dm_uuid(of: Group, volume_uuid: str = "", layer: str = "") -> str:
     """
     identity = f"{of.uuid}{volume_uuid}".replace("-", "")
     return f"LVM-{identity}-{layer}" if layer else f"LVM-{identity}"
+
+
+def _make_durable(of: Group) -> None:
+    """Flush what LVM wrote of the group's metadata: its direct writes alone are in the disk's cache."""
+    if of.disk is not None:
+        disk_fd = os.open(of.disk, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(disk_fd)
+        finally:
+            os.close(disk_fd)
 
 
 def _options(option: str, values: Sequence[str]) -> list[str]:

@@ -80,6 +80,11 @@ class LvmSubstrate(ABC):
 
     # --- volumes ---
 
+    @property
+    def disk(self) -> Path | None:
+        """One of the group's disks."""
+        return self.group.disk
+
     def volumes(self) -> tuple[VolumeRecord, ...]:
         """Return every volume held here, by name."""
         return tuple(sorted(self._held().volumes.values(), key=lambda record: (record.name, str(record.id))))

@@ -69,6 +69,11 @@ class ReflinkSubstrate:
         Pool.initialise(pool)
         return ReflinkSubstrate(pool)
 
+    @property
+    def disk(self) -> Path | None:
+        """The device below the pool."""
+        return self.pool.device
+
     def differential_identity(self, base: GenerationId) -> str:
         """UUID of the pool's filesystem."""
         return str(self.pool.filesystem)

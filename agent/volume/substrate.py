@@ -69,6 +69,10 @@ class Substrate(Protocol):
 
     kind: str
 
+    @property
+    def disk(self) -> Path | None:
+        """A device that everything here stands on; None where it cannot be told."""
+
     def differential_identity(self, base: GenerationId) -> str:
         """Return the identity of the device that ``diff_block`` addresses: the pool's, or that of the base's own COW device."""
 

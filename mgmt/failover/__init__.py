@@ -6,8 +6,9 @@ witness   whether the primary is gone, by two paths
 steps     what each step does, and what happens if we die in it
 account   what a failover cost: seconds, and how much time of the volume was lost
 driver    a failover from the first look to the record, or from where it stopped
+returned  what a node that returned still holds, and what changed meanwhile
 failback  the node that returns: what it holds is kept and listed, then it follows, then it takes over again
-rehearsal the would-be result, mounted beside the running replica, looked at, thrown away
+view      plans and accounts as tables
 
 states.dot shows the steps; a test holds it to the plans.
 """

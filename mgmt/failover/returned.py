@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -112,8 +111,3 @@ def _became(path: str, other: FileAccount | None) -> Here:
         return Here.UNTOUCHED
     gone = other.outcome is Outcome.DELETED or path not in other.paths
     return Here.DELETED if gone else Here.CHANGED
-
-
-def paths_of(held: Iterable[HeldFile]) -> list[str]:
-    """Return the paths of files whose content only the node that returned has."""
-    return [found.path for found in held if found.there is not There.DELETED]

@@ -1,6 +1,7 @@
 """The operations: each asks the agents for the facts, decides, orders, and records what came of it.
 
 site          what operations work on: configuration, catalog, authority, the nodes
+roles         who is primary: the agents say so, the catalog follows
 volumes       add a volume, list, lay down its policy, serve it or stop
 notices       notifications fetched, stored, acknowledged
 retention     generations let go, and held

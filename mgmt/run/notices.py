@@ -16,6 +16,7 @@ from agent.system.clock import monotonic_s
 from mgmt.run.site import Site
 
 RECEPTION_FAILURE: Final = "reception-failure"
+DEVICE_CHANGED: Final = "device-changed"
 LONGEST_WAIT_S: Final = 5.0
 
 

@@ -23,6 +23,7 @@ class NodeView:
     transfers: tuple[m.TransferFacts, ...]
     problem: str = ""
     unreadable: tuple[m.Unreadable, ...] = ()  # of this volume, or of nobody knows which
+    troubles: tuple[str, ...] = ()  # with the disks below it
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +54,12 @@ class Standing:
 
     @property
     def sentence(self) -> str:
-        """The standing in one sentence, and what to do if there is something to do."""
+        """The standing in one sentence, and what to do if there is something to do; trouble with a disk stands before it."""
+        troubles = [f"{view.node}: {trouble}" for view in (self.primary, self.secondary) for trouble in view.troubles]
+        return "; ".join([*troubles, self._sentence])
+
+    @property
+    def _sentence(self) -> str:
         name, behind = self.volume.name, self.open_transfers
         salvaged = [facts for facts in self.secondary.transfers if facts.state is m.TransferState.SALVAGED]
         if self.secondary.facts is None:
@@ -85,12 +91,8 @@ def standing(site: Site, name: str) -> Standing:
     """Return how a volume stands now, asked of both nodes; notifications are fetched on the way."""
     entry = site.catalog.volume(name)
     notices.collect(site)
-    return Standing(
-        entry,
-        _view(site, entry, entry.primary),
-        _view(site, entry, entry.secondary),
-        tuple(site.catalog.notifications(entry.id, pending_only=True)),
-    )
+    primary, secondary = _view(site, entry, entry.primary), _view(site, entry, entry.secondary)
+    return Standing(entry, primary, secondary, tuple(site.catalog.notifications(entry.id, pending_only=True)))
 
 
 def gauge_of(facts: m.TransferFacts) -> Gauge:
@@ -109,4 +111,6 @@ def _view(site: Site, entry: VolumeEntry, name: str) -> NodeView:
     facts = next((found for found in held.volumes if found.id == entry.id), None)
     unreadable = tuple(found for found in held.unreadable if found.volume in {entry.id, None})
     problem = "its record of it cannot be read" if facts is None and unreadable else ""
-    return NodeView(name, facts, tuple(found for found in listed if found.volume == entry.id), problem, unreadable)
+    if facts is not None and not held.troubles:
+        site.catalog.mark_over(name, entry.id, notices.DEVICE_CHANGED)
+    return NodeView(name, facts, tuple(found for found in listed if found.volume == entry.id), problem, unreadable, held.troubles)

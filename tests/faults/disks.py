@@ -168,6 +168,12 @@ class Disk:
         assert (begin, kind) == ("0", "linear")
         return int(start) + STATE_SECTORS, int(length)
 
+    def chunks_used(self) -> int:
+        """Return how many chunks of the pool's data are given out, as the kernel counts."""
+        names = dmsetup("ls", "--target", "thin-pool").split()
+        pool = next(name for name in names if name.startswith(self.group.replace("-", "--") + "-"))
+        return int(dmsetup("status", pool).split()[5].split("/")[0])
+
     def places_of(self, content: bytes) -> list[int]:
         """Return at which sectors of the raw image these bytes lie."""
         found = []

@@ -25,7 +25,7 @@ from agent.system.run import run as start_program
 from mgmt import run
 from mgmt.failover import driver, failback
 from mgmt.failover.account import Account
-from mgmt.failover.plan import HAND_OVER, TAKE_OVER, FailoverKind, Step, Wish
+from mgmt.failover.plan import HAND_OVER, TAKE_OVER, FailoverKind, Wish
 from mgmt.inventory import FenceOptions, Inventory, read_inventory
 from mgmt.lab import lifecycle
 from mgmt.lab.layout import Lab, NodeName
@@ -338,5 +338,4 @@ def test_I12_I13_the_way_back_is_interrupted_and_recovered_with_the_roles_swappe
     followed = scene.at_site(lambda site: failback.resync(site, "back"))
     assert followed
     assert followed.comparison.held
-    assert wait_until(lambda: scene.facts(NAS2).epoch == 3, LIMIT_S)
-    assert Step.FENCE not in (*HAND_OVER, *TAKE_OVER)
+    assert scene.facts(NAS2).epoch == 3

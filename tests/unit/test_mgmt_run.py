@@ -326,6 +326,22 @@ def test_undo_makes_the_transfer_resumable(pair: Pair) -> None:
         assert site.catalog.salvages(site.catalog.volume("projects").id)[0].undone_ns
 
 
+def test_E23_a_disk_that_became_read_only_stands_in_the_status_for_as_long_as_it_is_so(pair: Pair) -> None:
+    trouble = "/dev/sdb, below the volumes, became read-only at 2026-11-23 04:30:00 UTC"
+    with pair.site() as site:
+        pair.with_volume(site)
+        sound, volume = pair.nas2.handlers[m.ListVolumes], site.catalog.volume("projects").id
+        pair.nas2.handlers[m.ListVolumes] = lambda _: m.Volumes(pair.facts("nas2"), (), (trouble,))
+        pair.outbox.append(m.Notification(1, "device-changed", volume, None, 1, trouble))
+        standing = run.standing(site, "projects")
+        assert f"nas2: {trouble}" in standing.sentence
+        assert [seen.notification.message for seen in standing.pending] == [trouble]
+        pair.nas2.handlers[m.ListVolumes] = sound
+        standing = run.standing(site, "projects")
+        assert trouble not in standing.sentence
+        assert standing.pending == ()
+
+
 def test_C3_a_notification_waits_for_a_management_node_that_was_away(pair: Pair) -> None:
     with pair.site() as site:
         failed(pair, site)

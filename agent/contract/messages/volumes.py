@@ -103,3 +103,4 @@ class Volumes:
 
     volumes: tuple[VolumeFacts, ...]
     unreadable: tuple[Unreadable, ...] = ()
+    troubles: tuple[str, ...] = ()  # what is wrong with the disks below all of them, one sentence each
