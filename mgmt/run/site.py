@@ -27,6 +27,7 @@ Knock = Callable[[str, int, float], bool]
 """Whether a machine answers at an address and port, within seconds."""
 
 HELLO_LIMIT_S = 20.0
+"""At least; who gives nodes longer to be reached has slow ones, where starting the program that answers takes its time as well."""
 
 
 def nobody(node: str, progress: Progress) -> None:
@@ -87,7 +88,7 @@ class Site:
 
     def hello(self, name: str) -> m.NodeFacts:
         """Return who answers at a node's address; ConfigInvalid if it calls itself otherwise, VersionUnknown if it speaks otherwise."""
-        facts = self.node(name).ask(m.Hello(), limit_s=HELLO_LIMIT_S)
+        facts = self.node(name).ask(m.Hello(), limit_s=max(HELLO_LIMIT_S, self.inventory.connect_limit_s))
         if facts.protocol != m.PROTOCOL:
             raise VersionUnknown(f"{name} speaks protocol {facts.protocol}, this release {m.PROTOCOL}")
         if facts.node != name:

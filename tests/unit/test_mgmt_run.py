@@ -29,6 +29,7 @@ from mgmt import run
 from mgmt.determination import AtomicSet, Policy
 from mgmt.report import LossStatement
 from mgmt.run import replication
+from mgmt.run.site import HELLO_LIMIT_S
 from mgmt.view import to_json
 from tests.unit.mgmt_pair import Pair, S, die, lose
 
@@ -470,3 +471,21 @@ def test_J10_names_that_are_not_plain_are_refused_before_anybody_is_asked(pair: 
             with pytest.raises(NameRefused):
                 run.add_volume(site, name, filesystem=FilesystemKind.XFS, size_bytes=1, primary="nas1", secondary="nas2")
         assert pair.nas1.asked == []
+
+
+def test_a_site_with_slow_nodes_waits_longer_for_their_greeting(pair: Pair) -> None:
+    waited: list[float] = []
+
+    class Slow:
+        def ask(self, arguments: object, tell: object = None, *, limit_s: float = 0.0) -> object:
+            waited.append(limit_s)
+            raise NodeUnreachable("as the script says")
+
+        def close(self) -> None: ...
+
+    with pair.site() as site:
+        for limit in (5.0, 60.0):
+            site.inventory = dataclasses.replace(site.inventory, connect_limit_s=limit)
+            site._nodes["nas1"] = Slow()  # type: ignore[assignment]
+            assert not site.alive("nas1")
+    assert waited == [HELLO_LIMIT_S, 60.0]
