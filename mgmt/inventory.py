@@ -59,6 +59,8 @@ class Inventory:
     keep_generations: int = 16  # of each volume, on each node
     resume_attempts: int = 5  # of one `landfall replicate`, while both nodes live
     cycle_s: float = 5.0  # of `landfall watch`
+    automatic_failover: bool = False  # by `landfall watch`, without an operator
+    lease_s: float = 60.0  # of a primary that is fenced by its lease; renewed in every cycle
     metrics_address: str = "127.0.0.1"  # where `landfall watch` answers Prometheus
     metrics_port: int = 0  # 0: nowhere
     probe_limit_s: float = 3.0  # in which a living node takes a connection
@@ -118,7 +120,7 @@ def _check(path: Path, inventory: Inventory) -> None:
         _check_fence(where, node)
     if inventory.keep_generations < 2:
         raise ConfigInvalid(f"{path}: keep_generations must be at least 2: a base and a target")
-    limits = ("connect_limit_s", "answer_limit_s", "silence_limit_s", "streams", "resume_attempts", "cycle_s", "probe_limit_s")
+    limits = ("connect_limit_s", "answer_limit_s", "silence_limit_s", "streams", "resume_attempts", "cycle_s", "probe_limit_s", "lease_s")
     for key in limits:
         if getattr(inventory, key) <= 0:
             raise ConfigInvalid(f"{path}: {key} must be above 0")

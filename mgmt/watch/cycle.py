@@ -5,15 +5,21 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 from uuid import UUID
 
+from agent.contract import messages as m
 from agent.contract.errors import LandfallError
 from agent.system.clock import monotonic_s, wall_ns
 from mgmt import run
 from mgmt.catalog import VolumeEntry
-from mgmt.run import Site
+from mgmt.failover.driver import failover
+from mgmt.failover.plan import Sight, Wish
+from mgmt.failover.witness import look
+from mgmt.fencing.kinds import FenceKind
+from mgmt.run import Site, Standing
 from mgmt.watch.decision import Act, Decision, Facts, Failure, decide
 from mgmt.watch.schedule import next_due_ns
 
@@ -86,8 +92,10 @@ class Watch:
             self.observed[entry.name] = Observed(facts, decision.act, site.catalog.last_committed_ns(entry.id))
         except LandfallError as error:
             decision = Decision(Act.HOLD, f"holds still: {error}")
-        if decision.act is Act.REPLICATE and not working:
-            self._begin(entry, memory, decision.sentence)
+        if not working and decision.act in {Act.REPLICATE, Act.FAILOVER}:
+            self._begin(entry, memory, decision)
+        elif decision.act is Act.SERVE:
+            decision = _serve(site, entry, decision)
         return self._say(site, entry, decision.sentence)
 
     def _facts(self, site: Site, entry: VolumeEntry, memory: _Memory) -> Facts:
@@ -98,6 +106,8 @@ class Watch:
         elif memory.silent_since_s is None:
             memory.silent_since_s = self.now_s()
         silent_s = 0.0 if memory.silent_since_s is None else self.now_s() - memory.silent_since_s
+        if primary_answers:
+            _renew_lease(site, standing)
         return Facts(
             now_ns=self.now_ns(),
             standing=standing,
@@ -105,8 +115,8 @@ class Watch:
             failure=memory.failure,
             silent_s=silent_s,
             patience_s=site.inventory.silence_limit_s,
-            seen_by_peer=None,
-            automatic=False,
+            seen=_look(site, entry) if silent_s >= site.inventory.silence_limit_s else None,
+            automatic=site.inventory.automatic_failover,
         )
 
     @staticmethod
@@ -117,13 +127,16 @@ class Watch:
         last_ns = site.catalog.last_begun_ns(entry.id)
         return next_due_ns(entry.schedule, last_ns // 10**9) if last_ns is not None else 0
 
-    def _begin(self, entry: VolumeEntry, memory: _Memory, why: str) -> None:
+    def _begin(self, entry: VolumeEntry, memory: _Memory, decision: Decision) -> None:
         tally = self.tallies.setdefault(entry.name, Tally())
 
         def job() -> None:
             failure = None
             try:
-                self._replicate(entry, tally)
+                if decision.act is Act.FAILOVER:
+                    self._fail_over(entry)
+                else:
+                    self._replicate(entry, tally)
             except Exception as error:  # whatever it is, the next cycle must know of it and try again
                 known = error if isinstance(error, LandfallError) else LandfallError(f"{type(error).__name__}: {error}")
                 failure = Failure(known, self.now_ns(), 1 + (memory.failure.times if memory.failure else 0))
@@ -133,8 +146,13 @@ class Watch:
                     memory.failure, memory.working = failure, ""
 
         with self._lock:
-            memory.working = why
-        self.start(job, f"replicate {entry.name}")
+            memory.working = decision.sentence
+        self.start(job, f"{decision.act} {entry.name}")
+
+    def _fail_over(self, entry: VolumeEntry) -> None:
+        with self.open_site() as site:
+            failover(site, entry.name, Wish())
+            self._say(site, entry, f"failed over to {entry.secondary}")
 
     def _replicate(self, entry: VolumeEntry, tally: Tally) -> None:
         with self.open_site() as site:
@@ -148,3 +166,32 @@ class Watch:
         sentence = f"{sentence.rstrip('.')}."
         site.catalog.note(entry.id, CYCLE, sentence, self.now_ns())
         return f"{entry.name} {sentence}"
+
+
+def _serve(site: Site, entry: VolumeEntry, decision: Decision) -> Decision:
+    try:
+        run.serve(site, entry.name, node=entry.primary)
+    except LandfallError as error:
+        return Decision(Act.HOLD, f"holds still: {error}")
+    return decision
+
+
+def _look(site: Site, entry: VolumeEntry) -> Sight | None:
+    try:
+        return look(site, entry.primary, entry.secondary)
+    except LandfallError:
+        return None  # the second witness cannot be asked
+
+
+def _renew_lease(site: Site, standing: Standing) -> None:
+    """Let a primary that is fenced by its lease serve on for a while; not while a failover waits for the lease to end.
+
+    Recorded before it is asked for: a fence has to wait for the longest lease that may have been given.
+    """
+    seconds, entry, facts = site.inventory.lease_s, standing.volume, standing.primary.facts
+    by_lease = site.inventory.entry(entry.primary).fence == FenceKind.LEASE
+    if not by_lease or not seconds or facts is None or not facts.serving or site.catalog.failover_open(entry.id):
+        return
+    site.catalog.note_lease(entry.id, entry.primary, max(seconds, site.catalog.lease(entry.id, entry.primary)))
+    with suppress(LandfallError):  # not renewed now is renewed in the next cycle, or ends, as it should
+        site.node(entry.primary).ask(m.RenewLease(entry.id, facts.epoch, seconds))

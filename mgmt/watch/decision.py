@@ -8,6 +8,7 @@ from typing import Final
 
 from agent.contract import messages as m
 from agent.contract.errors import LandfallError, Retry
+from mgmt.failover.plan import Life, Sight
 from mgmt.run import Standing
 from mgmt.view import moment
 
@@ -19,6 +20,7 @@ class Act(StrEnum):
     """What a cycle does for a volume. Waiting is an act of its own, and so is holding still until an operator decides."""
 
     REPLICATE = "replicate"
+    SERVE = "serve"
     FAILOVER = "failover"
     WAIT = "wait"
     HOLD = "hold"
@@ -56,13 +58,13 @@ class Facts:
     failure: Failure | None
     silent_s: float  # for how long the primary has not answered; 0 while it does
     patience_s: float  # how long it may be silent
-    seen_by_peer: bool | None  # whether the secondary reaches the primary; None: it was not asked, or could not say
+    seen: Sight | None  # what both paths say of a primary that was silent for too long; None: the other could not be asked
     automatic: bool  # whether a failover wants no operator
 
 
 def decide(facts: Facts) -> Decision:
-    """Return the first that applies: what must not go on, what is gone, what broke off, what is due."""
-    return _refused(facts) or _silent(facts) or _unfinished(facts) or _scheduled(facts)
+    """Return the first that applies: what must not go on, what is gone, who may serve, what broke off, what is due."""
+    return _refused(facts) or _silent(facts) or _unconfirmed(facts) or _unfinished(facts) or _scheduled(facts)
 
 
 def _refused(facts: Facts) -> Decision | None:
@@ -92,14 +94,25 @@ def _silent(facts: Facts) -> Decision | None:
             return Decision(Act.WAIT, f"waits: {one} does not answer, and may be silent for {facts.patience_s:g} s")
         if standing.secondary.facts is None:
             return Decision(Act.WAIT, f"waits: neither {one} nor {other} answers")
-        if facts.seen_by_peer:
-            return Decision(Act.HOLD, f"holds still: {one} does not answer here, but {other} reaches it; one witness is not enough")
+        if facts.seen is None or facts.seen.life is not Life.GONE:
+            said = facts.seen.words if facts.seen else f"{other} could not be asked"
+            return Decision(Act.HOLD, f"holds still: {one} does not answer, and is not gone ({said})")
         if facts.automatic:
             return Decision(Act.FAILOVER, f"fails over: {one} answers neither here nor to {other}")
         return Decision(Act.HOLD, f"holds still: {one} does not answer; `landfall failover {name}` is an operator's to say")
     if standing.secondary.facts is None:
         return Decision(Act.WAIT, f"waits: {other} does not answer ({standing.secondary.problem or 'it does not hold the volume'})")
     return None
+
+
+def _unconfirmed(facts: Facts) -> Decision | None:
+    """The primary came up and serves nothing until it is told that no other node was promoted meanwhile; both have answered here."""
+    one, other = facts.standing.primary, facts.standing.secondary
+    if one.facts is None or other.facts is None or one.facts.confirmed or one.facts.role is not m.Role.PRIMARY:
+        return None
+    if other.facts.epoch > one.facts.epoch:
+        return Decision(Act.HOLD, f"holds still: {other.node} is at epoch {other.facts.epoch}, {one.node} at {one.facts.epoch}")
+    return Decision(Act.SERVE, f"lets {one.node} serve: it came up, and {other.node} was not promoted meanwhile")
 
 
 def _unfinished(facts: Facts) -> Decision | None:

@@ -84,9 +84,9 @@ def test_C3_a_schedule_is_kept_through_the_deaths_of_the_service_and_of_the_prim
         assert wait_until(lambda: "an operator's to say" in log.read_text(), LIMIT_S), log.read_text()
         held = committed(lab)
         lifecycle.start_node(lab, NAS1)
-        landfall(lab, "serve", "media", "--node", "nas1")
         assert wait_until(lambda: committed(lab) > held, LIMIT_S), log.read_text()
     said = [entry["sentence"] for entry in landfall(lab, "history", "media")]
     assert any("replicated g" in sentence for sentence in said)
     assert any("does not answer" in sentence for sentence in said)
+    assert "lets nas1 serve: it came up, and nas2 was not promoted meanwhile." in said
     assert "Traceback" not in log.read_text()

@@ -192,6 +192,7 @@ class Pair:
                 "",
                 "",
                 tuple(self.generations[node]),
+                confirmed=self.serving[node],
             ),
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,15 @@ from agent.contract import messages as m
 from agent.contract.errors import BaseMismatch, ConfigInvalid, LinkLost
 from agent.system.files import lock_for_life
 from mgmt import run
+from mgmt.failover.plan import Sight
 from mgmt.inventory import Inventory
 from mgmt.run import Site, replication
 from mgmt.watch import service
 from mgmt.watch.cycle import Watch
+from mgmt.watch.decision import Act, decide
 from mgmt.watch.schedule import next_due_ns
 from tests.unit.mgmt_pair import Pair, die, lose
+from tests.unit.test_mgmt_failover import fence_by
 
 NOON_S = 1_795_435_200  # 2026-11-23 12:00:00 UTC
 SECOND_NS = 10**9
@@ -43,6 +46,9 @@ class Scene:
     def cycle(self) -> str:
         (sentence,) = self.watch.cycle(self.site)
         return sentence
+
+    def automatic(self) -> None:
+        self.site.inventory = replace(self.site.inventory, automatic_failover=True)
 
     def work(self) -> None:
         while self.jobs:
@@ -126,6 +132,48 @@ def test_C11_a_silent_primary_is_given_time_and_then_left_to_the_operator(scene:
     scene.now_s += 1
     assert scene.cycle() == "projects holds still: nas1 does not answer; `landfall failover projects` is an operator's to say."
     assert not scene.jobs
+    facts = scene.watch.observed["projects"].facts
+    for seen in (None, Sight(agent=False, ours=False, peers=True, words="nas2 reaches it")):
+        decision = decide(replace(facts, seen=seen, automatic=True))
+        assert decision.act is Act.HOLD, "one witness is not enough"
+        assert decision.sentence.startswith("holds still: nas1 does not answer, and is not gone (nas2 ")
+
+
+def test_a_failover_that_wants_no_operator_happens_and_the_returned_node_is_left_to_one(scene: Scene) -> None:
+    fence_by(scene.pair, 0)
+    scheduled(scene)
+    scene.cycle()
+    scene.work()
+    scene.now_s += 3600
+    scene.cycle()
+    scene.pair.fails = [die()]
+    scene.work()
+    scene.automatic()
+    scene.cycle()
+    scene.now_s += 1
+    assert scene.cycle() == "projects fails over: nas1 answers neither here nor to nas2."
+    assert scene.cycle() == "projects fails over: nas1 answers neither here nor to nas2.", "it is under way"
+    scene.work()
+    assert scene.pair.role["nas2"] is m.Role.PRIMARY, scene.cycle()
+    said = [entry.sentence for entry in scene.site.catalog.history(scene.site.catalog.volume("projects").id)]
+    assert "failed over to nas2." in said, said
+    assert scene.cycle().startswith("projects waits: nas1 does not answer"), "what was the primary is the secondary now"
+
+
+def test_I3_a_primary_that_came_up_serves_when_it_is_told_that_nobody_took_over(scene: Scene) -> None:
+    scene.pair.serving["nas1"] = False
+    assert scene.cycle() == "projects lets nas1 serve: it came up, and nas2 was not promoted meanwhile."
+    assert scene.pair.serving["nas1"]
+    assert "waits" in scene.cycle()
+
+
+def test_a_lease_is_recorded_before_it_is_given_and_not_given_during_a_failover(scene: Scene) -> None:
+    scene.pair.fence = "lease"
+    with scene.pair.site() as site:
+        scene.watch.cycle(site)
+        volume = site.catalog.volume("projects").id
+        assert site.catalog.lease(volume, "nas1") == site.inventory.lease_s
+        assert [asked.seconds for asked in scene.pair.nas1.said(m.RenewLease)] == [site.inventory.lease_s]
 
 
 def test_a_salvage_is_the_operators_to_go_on_with(scene: Scene) -> None:
