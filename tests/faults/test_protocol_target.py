@@ -238,15 +238,26 @@ def test_B12_a_record_of_a_newer_release_is_refused_and_left_untouched(ext4_case
     release(pair.nas2)
 
 
-def test_B12_a_generation_of_a_newer_release_keeps_the_agent_from_starting(ext4_case: Case) -> None:
+def test_B12_a_generation_of_a_newer_release_is_told_and_left_as_it_is(ext4_case: Case) -> None:
     pair = interrupted(ext4_case, SEND, whole=False)
     path = pair.nas2.image(ext4_case.base).with_suffix(".json")
     path.write_text(json.dumps({**json.loads(path.read_text()), "format": 2}))
     volume = path.parents[1]
-    before = sorted((str(found.relative_to(volume)), found.stat().st_size) for found in volume.rglob("*"))
-    with pytest.raises(AssertionError, match="VersionUnknown"):
-        pair.nas2.start()
-    assert sorted((str(found.relative_to(volume)), found.stat().st_size) for found in volume.rglob("*")) == before
+
+    def held() -> list[tuple[str, int]]:
+        return sorted((str(found.relative_to(volume)), found.stat().st_size) for found in volume.rglob("*"))
+
+    before = held()
+    with running(pair):
+        (unreadable,) = pair.nas2.ask(m.ListVolumes()).unreadable
+        assert (unreadable.volume, "version-unknown" in unreadable.reason) == (ext4_case.base.volume, True)
+        with pytest.raises(LandfallError):
+            ext4_case.send(pair, SEND)
+        digest = identity(memoryview(pair.nas2.ask(m.FetchDmi(ext4_case.transfer)))).hex()
+        with pytest.raises(LandfallError):
+            pair.nas2.ask(m.UpdateInstruction(ext4_case.transfer, digest, (), m.Deletions.HOLD, complete=False))
+        assert held() == before
+    release(pair.nas2)
 
 
 @pytest.mark.parametrize("same_transfer", [True, False], ids=["resumed", "begun anew"])
