@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from agent.contract.errors import ReplicaDiffers
 from mgmt.cli.place import Place, as_json_option, at_place, volume_argument, want, yes_option
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ rows_option = click.option("--rows", type=click.IntRange(0), default=40, show_de
 @volume_argument
 @click.option("--planned", is_flag=True, help="Both nodes live: hand the volume over without loss.")
 @click.option("--dry-run", is_flag=True, help="Show the steps and change nothing.")
+@click.option("--test", "rehearsed", is_flag=True, help="Read, compare and mount what would be served, and change nothing.")
 @click.option("--declare-dead", is_flag=True, help="Give the primary up although it is seen; it is fenced first.")
 @click.option("--force", is_flag=True, help="Promote without proof that the primary cannot write: recorded as a split brain.")
 @click.option("--confirm-fenced", metavar="NODE", default="", help="Say beforehand what the fence `manual` would ask.")
@@ -31,6 +33,7 @@ def failover(
     volume: str,
     planned: bool,
     dry_run: bool,
+    rehearsed: bool,
     declare_dead: bool,
     force: bool,
     confirm_fenced: str,
@@ -38,12 +41,21 @@ def failover(
     as_json: bool,
 ) -> None:
     """Let VOLUME's secondary take over: fence, recover, promote, address, exports. One that was broken off goes on where it stopped."""
-    from mgmt.failover import driver, view
+    from mgmt.failover import driver, rehearsal, view
     from mgmt.failover.plan import Wish
-    from mgmt.terminal import Bars, show, show_json
+    from mgmt.terminal import Bars, say, show, show_json
 
     if planned and (declare_dead or force):
         raise click.UsageError("--planned needs a primary that lives: it goes neither with --declare-dead nor with --force")
+    if rehearsed:
+        with place.site() as site, Bars() as bars:
+            found = rehearsal.rehearse(site, volume, bars.tell)
+        show_json(view.rehearsal_document(found)) if as_json else say(f"{found.sentence}.")
+        if not found.sound:
+            raise ReplicaDiffers(
+                f"what {found.node} would serve of volume {volume} is not sound", fix=f"`landfall verify {volume} --heal`."
+            )
+        return
     wish = Wish(planned, declare_dead, force)
     if dry_run:
         with place.site() as site:

@@ -8,6 +8,7 @@ account   what a failover cost: seconds, and how much time of the volume was los
 driver    a failover from the first look to the record, or from where it stopped
 returned  what a node that returned still holds, and what changed meanwhile
 failback  the node that returns: what it holds is kept and listed, then it follows, then it takes over again
+rehearsal what a failover would end in, read, compared and mounted; nothing is changed
 view      plans and accounts as tables
 
 states.dot shows the steps; a test holds it to the plans.

@@ -8,6 +8,7 @@ from agent.contract.messages import to_document
 from mgmt.failover.account import Account
 from mgmt.failover.failback import Followed
 from mgmt.failover.plan import Plan, Step
+from mgmt.failover.rehearsal import Rehearsal
 from mgmt.terminal import Sheet
 from mgmt.view import bytes_words, moment
 
@@ -69,3 +70,8 @@ def followed_sheets(followed: Followed, rows: int) -> list[Sheet]:
             f"{followed.sentence}. {more}all are in {followed.lists}",
         )
     ]
+
+
+def rehearsal_document(found: Rehearsal) -> dict[str, Any]:
+    """Return a rehearsal as one JSON document with its verdict and its sentence."""
+    return {**to_document(found), "sound": found.sound, "sentence": found.sentence}

@@ -51,7 +51,9 @@ def watching(lab: Lab, log: Path) -> Iterator[subprocess.Popen[bytes]]:
 
 def landfall(lab: Lab, *words: str) -> Any:
     argv = [sys.executable, "-m", "mgmt.cli", "--lab", str(lab.directory), *words, "--json"]
-    return json.loads(subprocess.run(argv, check=True, capture_output=True, timeout=120).stdout)
+    done = subprocess.run(argv, check=False, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr + done.stdout
+    return json.loads(done.stdout)
 
 
 def committed(lab: Lab) -> int:
@@ -85,6 +87,9 @@ def test_C3_a_schedule_is_kept_through_the_deaths_of_the_service_and_of_the_prim
         held = committed(lab)
         lifecycle.start_node(lab, NAS1)
         assert wait_until(lambda: committed(lab) > held, LIMIT_S), log.read_text()
+        rehearsed = landfall(lab, "failover", "media", "--test")
+        assert (rehearsed["sound"], rehearsed["recorded_by"], rehearsed["wrong_blocks"], rehearsed["node"]) == (True, "nas1", 0, "nas2")
+        assert wait_until(lambda: committed(lab) > held + 1, LIMIT_S), "replication goes on after a rehearsal"
     said = [entry["sentence"] for entry in landfall(lab, "history", "media")]
     assert any("replicated g" in sentence for sentence in said)
     assert any("does not answer" in sentence for sentence in said)

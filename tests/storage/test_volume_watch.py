@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import queue
 import subprocess
@@ -19,6 +20,7 @@ from tests.faults.rig import NodeProcess, Pair, pool
 
 LIMIT_S = 60.0
 MIB = 1 << 20
+LOOP_CTL_REMOVE = 0x4C81  # include/uapi/linux/loop.h
 
 
 class Loop:
@@ -27,7 +29,9 @@ class Loop:
     def __init__(self, folder: Path) -> None:
         self.image = folder / "disk"
         self.image.write_bytes(bytes(16 * MIB))
-        self.device = Path(_run("losetup", "--find", "--show", str(self.image)).strip())
+        # A name of its own: whoever else looks for a free device takes the first, and would take this one while it is away.
+        self.device = Path(f"/dev/loop{10_000 + os.getpid() % 10_000}")
+        self.attach()
         self.heard: queue.SimpleQueue[DeviceEvent] = queue.SimpleQueue()
 
     def next(self) -> DeviceEvent:
@@ -35,6 +39,10 @@ class Loop:
 
     def attach(self) -> None:
         _run("losetup", str(self.device), str(self.image))
+
+    def remove(self) -> None:
+        with open("/dev/loop-control", "rb") as control:
+            fcntl.ioctl(control, LOOP_CTL_REMOVE, int(self.device.name.removeprefix("loop")))
 
     def detach(self) -> None:
         subprocess.run(["losetup", "--detach", str(self.device)], capture_output=True, check=False)
@@ -51,6 +59,7 @@ def loop(tmp_path: Path) -> Iterator[Loop]:
         yield made
     finally:
         made.detach()
+        made.remove()
 
 
 @pytest.fixture
