@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sqlite3
 import stat
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from uuid import UUID
@@ -127,3 +129,17 @@ def test_a_catalog_of_the_first_version_is_brought_to_this_one(tmp_path: Path) -
     )
     old.close()
     assert Catalog(tmp_path / "c").volumes() == [VolumeEntry(VOLUME, "projects", "nas1", "nas2", FilesystemKind.XFS, 1)]
+
+
+def test_a_second_connection_of_a_process_does_not_end_the_locks_of_the_first(tmp_path: Path) -> None:
+    path = tmp_path / "c"
+    first = Catalog(path)
+    first.note(VOLUME, "cycle", "The first.", 1)
+    Catalog(path).close()
+    # Another process that believes itself alone would take the log away when it leaves, and what is said afterwards would be lost.
+    script = "import sqlite3, sys; db = sqlite3.connect(sys.argv[1]); db.execute('SELECT count(*) FROM history').fetchone(); db.close()"
+    subprocess.run([sys.executable, "-c", script, str(path)], check=True, timeout=60)
+    first.note(VOLUME, "cycle", "The second.", 2)
+    script = "import sqlite3, sys; print(sqlite3.connect(sys.argv[1]).execute('SELECT count(*) FROM history').fetchone()[0])"
+    seen = subprocess.run([sys.executable, "-c", script, str(path)], check=True, timeout=60, capture_output=True, text=True)
+    assert seen.stdout.strip() == "2"
