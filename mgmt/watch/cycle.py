@@ -184,14 +184,15 @@ def _look(site: Site, entry: VolumeEntry) -> Sight | None:
 
 
 def _renew_lease(site: Site, standing: Standing) -> None:
-    """Let a primary that is fenced by its lease serve on for a while; not while a failover waits for the lease to end.
+    """Let a primary that is fenced by its lease serve on for a while; never during a failover, which waits for the lease to end.
 
-    Recorded before it is asked for: a fence has to wait for the longest lease that may have been given.
+    Recorded before it is asked for: a fence has to wait for the longest lease that may have been given. What cannot be renewed now is
+    renewed in the next cycle, or ends, as it should.
     """
     seconds, entry, facts = site.inventory.lease_s, standing.volume, standing.primary.facts
-    by_lease = site.inventory.entry(entry.primary).fence == FenceKind.LEASE
-    if not by_lease or not seconds or facts is None or not facts.serving or site.catalog.failover_open(entry.id):
+    if site.inventory.entry(entry.primary).fence != FenceKind.LEASE or facts is None or not facts.serving:
         return
-    site.catalog.note_lease(entry.id, entry.primary, max(seconds, site.catalog.lease(entry.id, entry.primary)))
-    with suppress(LandfallError):  # not renewed now is renewed in the next cycle, or ends, as it should
-        site.node(entry.primary).ask(m.RenewLease(entry.id, facts.epoch, seconds))
+    with suppress(LandfallError), site.alone(entry.id):
+        if not site.catalog.failover_open(entry.id):
+            site.catalog.note_lease(entry.id, entry.primary, max(seconds, site.catalog.lease(entry.id, entry.primary)))
+            site.node(entry.primary).ask(m.RenewLease(entry.id, facts.epoch, seconds), limit_s=site.inventory.connect_limit_s)
