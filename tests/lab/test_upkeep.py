@@ -80,6 +80,16 @@ def image(generation: GenerationId) -> str:
     return f"/run/landfall/node/pool/volumes/{generation.volume}/generations/{generation.name}.img"
 
 
+@contextlib.contextmanager
+def frozen(lab: Lab, root: Path) -> Iterator[None]:
+    """Hold still the filesystem of a volume's files: a mounted one writes to its image by itself, long after its last client did."""
+    start_program(lifecycle.inside(lab, NAS1, ["fsfreeze", "--freeze", str(root)]))
+    try:
+        yield
+    finally:
+        start_program(lifecycle.inside(lab, NAS1, ["fsfreeze", "--unfreeze", str(root)]))
+
+
 def digest(lab: Lab, node: NodeName, path: str) -> str:
     return start_program(lifecycle.inside(lab, node, ["sha256sum", path])).text
 
@@ -134,20 +144,21 @@ def test_E13_rot_outside_any_differential_is_found_named_and_mended(lab: Lab, fi
 
     block = rot(lab, node, newest, victim)
     operational = str(Path(image(newest)).parents[1] / "operational.img")
-    before = digest(lab, NAS1, operational)
-    found = json.loads(command(lab, "verify", name, "--json", expect=90))
-    (damage,) = found["damage"]
-    assert not found["clean"]
-    assert (damage["node"], damage["runs"]) == (node, [[block, 1]])
-    assert [file["paths"] for file in damage["owners"]["files"]] == [["victim"]]
-    assert found["written"] == []
+    with frozen(lab, root):
+        before = digest(lab, NAS1, operational)
+        found = json.loads(command(lab, "verify", name, "--json", expect=90))
+        (damage,) = found["damage"]
+        assert not found["clean"]
+        assert (damage["node"], damage["runs"]) == (node, [[block, 1]])
+        assert [file["paths"] for file in damage["owners"]["files"]] == [["victim"]]
+        assert found["written"] == []
 
-    healed = managed(lab, lambda site: run.verify(site, name, heal=True))
-    assert healed.clean
-    assert healed.damage[0].mended
-    assert 0 < healed.bytes_sent < 64 << 10, "a mend sends the damaged blocks and no more"
-    assert managed(lab, lambda site: run.verify(site, name)).damage == ()
-    assert digest(lab, NAS1, operational) == before
+        healed = managed(lab, lambda site: run.verify(site, name, heal=True))
+        assert healed.clean
+        assert healed.damage[0].mended
+        assert 0 < healed.bytes_sent < 64 << 10, "a mend sends the damaged blocks and no more"
+        assert managed(lab, lambda site: run.verify(site, name)).damage == ()
+        assert digest(lab, NAS1, operational) == before
     write(lab, root, "after", b"a mended base is a base")
     replicated(lab, name)
     assert managed(lab, lambda site: run.verify(site, name)).clean
