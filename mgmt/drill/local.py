@@ -197,8 +197,12 @@ class Drill:
         armed = []
         if step.dies_after:
             armed = ["env", "LANDFALL_ALLOW_FAILPOINTS=1", f"LANDFALL_FAILPOINTS=failover.after_{step.dies_after}=kill"]
-        end = f"killed after {step.dies_after}" if step.dies_after else f"must be refused ({step.refused})" if step.refused else ""
-        with self.stage.step(f"landfall failover: {end or 'fence, determination, recovery, address, exports'}"):
+        what = "nas2 takes over: fence, determination, recovery, address, exports"
+        if step.refused:
+            what = f"landfall failover: must be refused ({step.refused})"
+        elif step.dies_after:
+            what = f"nas2 takes over: killed after {step.dies_after}"
+        with self.stage.step(what):
             argv = [*armed, sys.executable, "-m", "mgmt.cli", "--lab", str(self.lab.directory), *words]
             said = run(argv, timeout_s=COMMAND_LIMIT_S, ok=range(-64, 256))
         if step.dies_after:
