@@ -5,12 +5,13 @@ Which step is next is what the journal says; nothing else is remembered. If we d
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Final
 
 from agent.contract import messages as m
-from agent.contract.errors import FenceUnproved, LandfallError, NoSuchVolume
+from agent.contract.errors import DeviceFailed, FenceUnproved, LandfallError, NoSuchVolume
 from agent.system.clock import wall_ns
 from agent.system.failpoint import failpoint
 from mgmt.catalog import VolumeEntry
@@ -94,10 +95,9 @@ def _seen(site: Site, entry: VolumeEntry) -> Facts:
     target = site.node(entry.secondary)
     source = None
     if sight.agent:
-        try:
+        # One that was made anew holds nothing; one whose disk failed can say nothing, and that must not keep the other from taking over.
+        with contextlib.suppress(NoSuchVolume, DeviceFailed):
             source = facts_of(site.node(entry.primary), entry.id)
-        except NoSuchVolume:
-            source = None  # it was made anew since, and holds nothing
     receptions = tuple(found for found in target.ask(m.ListTransfers()).transfers if found.volume == entry.id and not found.sending)
     return Facts(
         entry,
