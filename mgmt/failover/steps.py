@@ -133,7 +133,9 @@ def fence_node(site: Site, volume: VolumeEntry, node: str, epoch: int, confirmed
         site.catalog.term,
     )
     extra_s = {FenceKind.MANUAL: PERSON_LIMIT_S, FenceKind.LEASE: 2 * lease_s}.get(kind, 0.0)
-    return fence(kind, program_of(kind, options.program), FenceRequest(node, volume.id, epoch, asked), options.limit_s + extra_s)
+    return fence(
+        kind, program_of(kind, options.program), FenceRequest(node, volume.id, epoch, asked), options.limit_s + extra_s, site.program
+    )
 
 
 def salvage(work: Work) -> StepFacts:

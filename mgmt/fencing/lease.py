@@ -6,9 +6,9 @@ A node that can be paused is refused: its clock stands still with it, and when i
 
 from __future__ import annotations
 
-import threading
 from typing import Final
 
+from agent.system.clock import sleep
 from mgmt.fencing.protocol import FenceCode, FenceRequest, NotFencedError, serve
 
 DRIFT: Final = 1.01
@@ -25,7 +25,7 @@ def fence(request: FenceRequest) -> str:
     if request.options.lease_s <= 0:
         raise NotFencedError(FenceCode.REFUSED, f"{request.node} was never given a lease of this volume, and serves without")
     wait_s = request.options.lease_s * DRIFT + ON_ITS_WAY_S
-    threading.Event().wait(wait_s)
+    sleep(wait_s)
     return f"the lease of {request.options.lease_s:g} s was not renewed for {wait_s:.1f} s"
 
 

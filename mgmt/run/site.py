@@ -15,8 +15,11 @@ from agent.contract import messages as m
 from agent.contract.errors import ConfigInvalid, DeviceBusy, FailoverBusy, NodeUnreachable, VersionUnknown
 from agent.contract.messages import Progress
 from agent.system.files import lock_for_life
+from agent.system.run import run as run_program
+from agent.system.threads import Threads
 from mgmt.authority import Authority
 from mgmt.catalog import Catalog
+from mgmt.fencing.proof import Program
 from mgmt.inventory import Inventory
 from mgmt.reach import Node, knock, ssh_node
 
@@ -35,12 +38,22 @@ def nobody(node: str, progress: Progress) -> None:
 
 
 class Site:
-    """The management node at work. ``nodes`` and ``knock`` replace the network in tests."""
+    """The management node at work. ``nodes`` and ``knock`` are the network, ``program`` runs fences; tests have others."""
 
-    def __init__(self, inventory: Inventory, nodes: dict[str, Node] | None = None, knock: Knock = knock) -> None:
+    def __init__(
+        self,
+        inventory: Inventory,
+        nodes: dict[str, Node] | None = None,
+        knock: Knock = knock,
+        *,
+        program: Program = run_program,
+        threads: Threads | None = None,
+    ) -> None:
         inventory.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.inventory = inventory
         self.knock = knock
+        self.program = program
+        self.threads = threads or Threads()
         self.catalog = Catalog(inventory.state_dir / "catalog.sqlite")
         self._authority: Authority | None = None
         self._nodes: dict[str, Node] = dict(nodes or {})
