@@ -128,7 +128,7 @@ def facts_of(node: Node, record: VolumeRecord) -> m.VolumeFacts:
         generations,
         lease_s=remaining_s(tenure, boottime_ns()) if in_force else None,
         address=tenure.address if in_force else "",
-        confirmed=in_force and tenure.confirmed and _is_primary_at(record, tenure.epoch),
+        confirmed=in_force and tenure.served and _is_primary_at(record, tenure.epoch),
     )
 
 
@@ -167,6 +167,7 @@ def start_serving(node: Node, record: VolumeRecord, lease_until_ns: int | None =
     if node.tenures.ended(tenure) is not None:
         node.samba.withdraw(record.name)
         _refuse_over(node, tenure)
+    node.tenures.serve(tenure)
 
 
 def stop_serving(node: Node, record: VolumeRecord, *, quiesce: bool = False) -> None:

@@ -57,8 +57,6 @@ class Site:
         self.catalog = Catalog(inventory.state_dir / "catalog.sqlite")
         self._authority: Authority | None = None
         self._nodes: dict[str, Node] = dict(nodes or {})
-        for node in self._nodes.values():
-            node.term = self.catalog.term
 
     def __enter__(self) -> Self:
         return self
@@ -80,15 +78,16 @@ class Site:
         return self._authority
 
     def node(self, name: str) -> Node:
-        """Return a node; nothing is connected before it is asked something."""
+        """Return a node, to be ordered in the term of now; nothing is connected before it is asked something.
+
+        The term is looked up each time: a service that goes on while `landfall takeover` is called beside it is in charge with it.
+        """
         if name not in self._nodes:
             inventory = self.inventory
             self._nodes[name] = ssh_node(
-                inventory.entry(name),
-                connect_limit_s=inventory.connect_limit_s,
-                answer_limit_s=inventory.answer_limit_s,
-                term=self.catalog.term,
+                inventory.entry(name), connect_limit_s=inventory.connect_limit_s, answer_limit_s=inventory.answer_limit_s
             )
+        self._nodes[name].term = self.catalog.term
         return self._nodes[name]
 
     def alive(self, name: str) -> bool:
@@ -139,7 +138,6 @@ class Site:
             raise away[0] if away else ConfigInvalid("the inventory names no node")
         self.catalog.set_term(max(self.catalog.term, *terms.values()) + 1)
         for name in terms:
-            self.node(name).term = self.catalog.term
             self.hello(name)
         return self.catalog.term
 

@@ -42,7 +42,7 @@ class VolumeFacts:
     generations: tuple[GenerationFacts, ...] = ()
     lease_s: float | None = None  # how long its lease lasts; None: it has none
     address: str = ""  # the service address that this node has for it
-    confirmed: bool = False  # a primary that was told to serve at its epoch since this node was booted
+    confirmed: bool = False  # a primary that was told to serve at its epoch since this node was booted, and got that done
 
 
 @dataclass(frozen=True, slots=True)
