@@ -10,7 +10,7 @@ growth       more room for a volume
 removal      the end of a volume
 peers        probe
 generations  take, drop, open, close
-restoring    single files
+restoring    restore, receive, send: single files
 verification examine, digests, owners
 sending      build, send (NAS 1)
 transfers    list, fetch, discard
@@ -87,6 +87,8 @@ HANDLERS: dict[type[Any], Callable[[Node, Any, ProgressCall], Any]] = {
     m.DiscardTransfer: transfers.discard,
     m.UpdateInstruction: salvages.update,
     m.UndoSalvage: salvages.undo_salvage,
+    m.ReceiveFiles: restoring.receive_files,
+    m.SendFiles: restoring.send_some,
     m.RenewLease: leases.renew,
     m.TakeAddress: addresses.take,
     m.DropAddress: addresses.drop,

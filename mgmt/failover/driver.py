@@ -5,9 +5,6 @@ Which step is next is what the journal says; nothing else is remembered. If we d
 
 from __future__ import annotations
 
-import os
-import pwd
-import socket
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Final
@@ -24,7 +21,7 @@ from mgmt.failover.steps import ACTIONS, Work
 from mgmt.failover.witness import look
 from mgmt.run import notices
 from mgmt.run.roles import roles_of
-from mgmt.run.site import Site, Teller, nobody
+from mgmt.run.site import Site, Teller, nobody, operator
 from mgmt.run.volumes import facts_of
 
 Decision = Callable[[Plan], bool]
@@ -61,7 +58,7 @@ def failover(
             made = _planned(site, entry, wish, keep=True)
             if not decide(made):
                 return None
-            current = journal.begin(made, _operator(), _lost(site, made) if lost_ns is None else lost_ns)
+            current = journal.begin(made, operator(), _lost(site, made) if lost_ns is None else lost_ns)
         return _carried_out(Work(site, journal, current, confirmed, tell))
 
 
@@ -165,11 +162,3 @@ def _lost(site: Site, made: Plan) -> int:
     ordered = site.catalog.transfer(made.transfer)
     ended = [ordered.ended_ns] if ordered is not None and ordered.ended_ns is not None and ordered.ending else []
     return min([now, *said, *ended])
-
-
-def _operator() -> str:
-    try:
-        user = pwd.getpwuid(os.getuid()).pw_name
-    except KeyError:
-        user = str(os.getuid())
-    return f"{user}@{socket.gethostname()}"

@@ -166,6 +166,12 @@ ELSEWHERE = {
     "substrate.operational.journalled": "storage/test_volume_lvm_merge.py",
     "substrate.operational.copied": "storage/test_volume_lvm_merge.py",
     "substrate.recover.before_sweep": "storage/test_volume_lvm_merge.py",
+    # Single files.
+    "restore.before_rename": "faults/test_rescue.py",
+    "restore.after_rename": "faults/test_rescue.py",
+    "rescue.src.before_content": "faults/test_rescue.py",
+    "rescue.src.before_finish": "faults/test_rescue.py",
+    "rescue.dst.after_file": "faults/test_rescue.py",
     # These want a network.
     "address.before_take": "lab/test_serving.py",
     "address.recorded": "lab/test_serving.py",

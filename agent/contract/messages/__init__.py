@@ -12,6 +12,7 @@ volumes      facts of them; create, admit, list
 serving      promote, serve, unserve, demote; lease, service address
 transfers    build, mend, receive, send, list, fetch, discard
 salvages     update, undo
+rescues      receive, send: single files
 wire         lines and documents
 """
 
@@ -31,6 +32,7 @@ from agent.contract.messages.generations import (
     OpenGeneration,
     OwnedBlocks,
     Owners,
+    PlacedFile,
     RefusedPath,
     Restored,
     RestoreFiles,
@@ -56,6 +58,7 @@ from agent.contract.messages.node import (
     ReadOutbox,
     TryPath,
 )
+from agent.contract.messages.rescues import ReceiveFiles, SendFiles
 from agent.contract.messages.salvages import (
     Deletions,
     FileOutcome,
@@ -161,11 +164,13 @@ __all__ = [
     "OwnedBlocks",
     "Owners",
     "PathTried",
+    "PlacedFile",
     "ProbePeer",
     "Probed",
     "Progress",
     "PromoteVolume",
     "ReadOutbox",
+    "ReceiveFiles",
     "ReceiveTransfer",
     "RefusedPath",
     "RemoveVolume",
@@ -175,6 +180,7 @@ __all__ = [
     "Restored",
     "Role",
     "Salvaged",
+    "SendFiles",
     "SendTransfer",
     "Sent",
     "ServeVolume",
@@ -232,6 +238,8 @@ VERBS: Final[dict[str, tuple[type[Any], type[Any]]]] = {
     "transfer.discard": (DiscardTransfer, Done),
     "salvage.update": (UpdateInstruction, Salvaged),
     "salvage.undo": (UndoSalvage, Done),
+    "rescue.receive": (ReceiveFiles, Listening),
+    "rescue.send": (SendFiles, Restored),
     "volume.lease": (RenewLease, Lease),
     "address.take": (TakeAddress, Done),
     "address.drop": (DropAddress, Done),

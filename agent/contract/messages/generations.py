@@ -59,15 +59,25 @@ class Opened:
 
 
 @dataclass(frozen=True, slots=True)
-class RestoreFiles:
-    """generation.restore: copy files, directories with all below them, from a generation into the volume that this node serves.
+class PlacedFile:
+    """A file of a generation, and where it is to be: paths (surrogateescape) relative to the root, ``at`` with at least as many parts.
 
-    Paths (surrogateescape) are relative to the root; they come to lie beneath ``folder``, or in place where that is empty.
+    What is there is replaced if it is to be, or if nobody touched it since a generation that the order names, or if it is the same.
     """
 
+    path: str
+    at: str
+    replace: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class RestoreFiles:
+    """generation.restore: copy files from a generation into the volume that this node serves; ``with_below`` with all in directories."""
+
     generation: GenerationId
-    paths: tuple[str, ...]
-    folder: str
+    files: tuple[PlacedFile, ...]
+    with_below: bool = True
+    untouched_since: GenerationId | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +90,7 @@ class RefusedPath:
 
 @dataclass(frozen=True, slots=True)
 class Restored:
-    """Answer to generation.restore."""
+    """Answer to generation.restore and rescue.send: files that are in their place now, and the bytes of their content."""
 
     files: int
     bytes: int
