@@ -20,6 +20,7 @@ from mgmt.failover.plan import HAND_OVER, Facts, FailoverKind, Plan, Step, Wish,
 from mgmt.failover.steps import ACTIONS, Work
 from mgmt.failover.witness import look
 from mgmt.run import notices
+from mgmt.run.leases import let_serve
 from mgmt.run.roles import roles_of
 from mgmt.run.site import Site, Teller, nobody, operator
 from mgmt.run.volumes import facts_of
@@ -140,7 +141,7 @@ def _take_back(work: Work, error: LandfallError) -> None:
         epoch = facts_of(source, plan.volume).epoch
         if plan.address:
             source.ask(m.TakeAddress(plan.volume, plan.address))
-        source.ask(m.ServeVolume(plan.volume, epoch))
+        let_serve(work.site, work.volume, plan.source, epoch)
     except LandfallError as second:
         error.add_note(f"{plan.source} could not be made to serve again: {second}")
     else:

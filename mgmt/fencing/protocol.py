@@ -53,7 +53,7 @@ class AgentOptions:
     domain: str = ""  # libvirt: the virtual machine
     uri: str = ""  # libvirt: the hypervisor
     directory: str = ""  # lab: its folder
-    lease_s: float = 0.0  # lease: the longest that may have been given; 0: none ever was
+    lease_s: float = 0.0  # lease: the longest that may have been given; 0: perhaps it serves without
     pausable: bool = False  # its clock may stand still while it is not looked at, as a virtual machine's does
     confirmed: str = ""  # manual: the node that an operator named beforehand
     address: str = ""

@@ -85,6 +85,7 @@ class Stage:
         }
         self.hosts: dict[str, Host] = {**self.nas, **{name: found.host for name, found in self.management.items()}}
         self.in_charge = MGMT[0]
+        self._were_in_charge = {self.in_charge}
         self.observer = Observer(self._is_forced)
         self._seen_version = -1
         self._armed: dict[tuple[str, str], list[Happening]] = defaultdict(list)
@@ -185,8 +186,8 @@ class Stage:
 
     def _operate(self, happening: Happening) -> None:
         management = self.management[happening.node]
-        if not management.host.answers:
-            return
+        if not management.host.answers or (happening.act is not Act.TAKE_OVER and happening.node not in self._were_in_charge):
+            return  # a catalog that was never in charge is a copy, and `landfall takeover` comes before everything else there
         said: dict[Act, Callable[[Site], Any]] = {
             Act.FAIL_OVER: lambda site: failover(site, VOLUME, Wish()),
             Act.DECLARE_DEAD: lambda site: failover(site, VOLUME, Wish(declare_dead=True)),
@@ -200,6 +201,7 @@ class Stage:
     def _take_over(self, management: Management, site: Site) -> None:
         site.take_over()
         self.in_charge = management.host.name
+        self._were_in_charge.add(self.in_charge)
         if management.service is None or not management.service.alive:
             management.start_service()
 

@@ -441,6 +441,18 @@ def test_I7_only_the_primary_serves_and_serving_promotes_nobody(pair: Pair) -> N
         assert pair.nas2.said(m.ServeVolume) == pair.nas2.said(m.PromoteVolume) == []
 
 
+def test_I3_nobody_is_let_serve_while_the_peer_cannot_say_that_it_was_not_promoted(pair: Pair) -> None:
+    with pair.site() as site:
+        pair.with_volume(site)
+        run.unserve(site, "projects")
+    pair.nas2.dead = True
+    with pair.site() as site:
+        with pytest.raises(NodeUnreachable, match="nobody can say"):
+            run.serve(site, "projects")
+        assert not pair.serving["nas1"]
+        assert run.serve(site, "projects", without_peer=True).serving, "an operator may know"
+
+
 def test_I3_a_node_that_was_overtaken_while_it_was_away_is_not_served_from(pair: Pair) -> None:
     with pair.site() as site:
         pair.with_volume(site)
