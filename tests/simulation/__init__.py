@@ -7,6 +7,7 @@ world       events in the order of their time, tasks that wait for them, process
 network     links that are cut one way or both, requests that are late, or take effect while their answer gets lost
 machine     a NAS: power, clock, mounts, exports, addresses, and a disk that outlives all of that
 agent       an agent and its keeper on such a machine
+data_path   what stands for a transfer
 management  a management node: the service, an operator's commands, fences
 schedule    what happens when, from a seed
 observer    looks at the machines after every event, and knows nothing of the product

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Final, NoReturn, cast
 
 from agent.config import Config
@@ -15,13 +16,14 @@ from agent.contract.errors import (
 from agent.service import HANDLERS, transfers
 from agent.service.addresses import Lookout
 from agent.service.leases import LeaseWatch
-from agent.service.node import Node, ProgressCall
+from agent.service.node import Node
 from agent.serving import keeper
 from agent.serving.keeper import KeeperOrder
 from agent.system import clock
 from agent.system.files import held_elsewhere, lock_for_life
 from agent.system.neighbour import Heard, Link
 from agent.volume.substrate import Substrate
+from tests.simulation import data_path
 from tests.simulation.machine import Host, Nas
 from tests.simulation.world import KilledError, Process, World, current, pause
 
@@ -44,7 +46,7 @@ class Agent:
         self.keeper: Process | None = None
         self.node: Node | None = None
         self.passing: Callable[[Process, str], None] = lambda process, name: None
-        self._connects = connects
+        self.connects = connects
         self._lookout: Lookout | None = None
         self._open: dict[int, Answer] = {}
         self._number = 0
@@ -95,7 +97,8 @@ class Agent:
     def _handled(self, node: Node, arguments: Any, term: int) -> Any:
         verb = m.VERB_OF[type(arguments)]
         node.term.admit(term, looking=verb in m.LOOKING)
-        handler = self._data_path.get(type(arguments)) or HANDLERS[type(arguments)]
+        replaced = data_path.HANDLERS.get(type(arguments))
+        handler = partial(replaced, self) if replaced else HANDLERS[type(arguments)]
         result = handler(node, arguments, lambda step, done, total: None)
         if verb not in m.LOOKING and verb != "outbox.acknowledge":
             self.world.say(current().process.name, f"did {verb}")
@@ -157,16 +160,3 @@ class Agent:
             raise KilledError
 
         keeper.keep(order, self.host.kernel, leave, every_s=KEEPER_EVERY_S)
-
-    # --- what stands for the data path: one session of a transfer is a moment in which both nodes reach each other ---
-
-    @property
-    def _data_path(self) -> dict[type[Any], Callable[[Node, Any, ProgressCall], Any]]:
-        return {m.ProbePeer: self._probe}
-
-    def _probe(self, node: Node, arguments: m.ProbePeer, progress: ProgressCall) -> m.Probed:
-        if self._connects(self.host, self.peer.host):
-            pause(0.001)
-            return m.Probed(True, "")
-        pause(arguments.limit_s)
-        return m.Probed(False, f"no answer within {arguments.limit_s:g} s")

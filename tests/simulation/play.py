@@ -16,6 +16,7 @@ from agent.contract.identity import FilesystemKind, GenerationId, GenerationKind
 from agent.volume.substrate import VolumeRecord
 from mgmt import run as operations
 from mgmt.catalog import Catalog, VolumeEntry
+from mgmt.failover import failback
 from mgmt.failover.driver import failover
 from mgmt.failover.plan import Wish
 from mgmt.fencing.kinds import FenceKind
@@ -113,7 +114,7 @@ class Stage:
         world.run(world.now_ns + round(REST_S * S))
         until_ns = world.now_ns + round((LONGEST_REST_S - REST_S) * S)
         world.run(until_ns, self._rests)
-        wrong = list(self.observer.wrong)
+        wrong = [*self.observer.wrong, *world.unforeseen]
         if not self._rests():
             wrong.append(f"{world.now_ns / S:.3f} s: it came to no rest: {self._said() or 'nobody says anything'}")
         return Outcome(self.schedule, tuple(wrong), tuple(world.log), world.digest, world.now_ns / S, self.observer.changes, self._said())
@@ -193,6 +194,9 @@ class Stage:
             Act.DECLARE_DEAD: lambda site: failover(site, VOLUME, Wish(declare_dead=True)),
             Act.PLANNED: lambda site: failover(site, VOLUME, Wish(planned=True)),
             Act.FORCE: lambda site: failover(site, VOLUME, Wish(declare_dead=True, force=True)),
+            Act.REPLICATE: lambda site: operations.replicate(site, VOLUME),
+            Act.FAIL_BACK: lambda site: failback.failback(site, VOLUME),
+            Act.RESYNC: lambda site: failback.resync(site, VOLUME),
             Act.SERVE: lambda site: operations.serve(site, VOLUME),
             Act.TAKE_OVER: lambda site: self._take_over(management, site),
         }

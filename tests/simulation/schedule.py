@@ -36,6 +36,9 @@ class Act(StrEnum):
     PLANNED = "planned"
     FORCE = "force"
     SERVE = "serve"
+    REPLICATE = "replicate"
+    FAIL_BACK = "fail-back"
+    RESYNC = "resync"
     TAKE_OVER = "take-over"  # another management node is put in charge
 
 
@@ -92,6 +95,10 @@ _WEIGHTS: Final = {
     Act.FAIL_OVER: 2,
     Act.DECLARE_DEAD: 2,
     Act.SERVE: 1,
+    Act.PLANNED: 2,
+    Act.REPLICATE: 2,
+    Act.FAIL_BACK: 2,
+    Act.RESYNC: 1,
     Act.TAKE_OVER: 2,
 }
 

@@ -37,6 +37,7 @@ class World:
         self.rng = Random(seed)
         self.now_ns = 0
         self.log: list[str] = []
+        self.unforeseen: list[str] = []  # errors that nobody handled
         self.watchers: list[Callable[[], None]] = []  # called after every event
         self.processes: list[Process] = []
         self._events: list[tuple[int, int, Callable[[], None]]] = []
@@ -214,6 +215,7 @@ class Task:
         except Exception as error:
             if self.process.alive:
                 self.process.world.say(self.process.name, f"{self.name} failed: {type(error).__name__}: {error}")
+                self.process.world.unforeseen.append(f"{self.process.name}: {self.name} failed: {type(error).__name__}: {error}")
         finally:
             self.process.ended(self)
 
