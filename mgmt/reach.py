@@ -84,11 +84,13 @@ class Node:
     @overload
     def ask(
         self,
-        arguments: m.CreateVolume | m.GrowVolume | m.AdmitReplica | m.PromoteVolume | m.ServeVolume | m.StopServing,
+        arguments: m.CreateVolume | m.AdoptVolume | m.GrowVolume | m.AdmitReplica | m.PromoteVolume | m.ServeVolume | m.StopServing,
         on_progress: OnProgress | None = ...,
         *,
         limit_s: float | None = ...,
     ) -> m.VolumeFacts: ...
+    @overload
+    def ask(self, arguments: m.AppraiseVolume, on_progress: OnProgress | None = ..., *, limit_s: float | None = ...) -> m.Appraised: ...
     @overload
     def ask(self, arguments: m.ListVolumes, on_progress: OnProgress | None = ..., *, limit_s: float | None = ...) -> m.Volumes: ...
     @overload

@@ -3,6 +3,7 @@
 node         what the handlers work on: configuration, substrate, transfers, outbox, exports; one job per volume
 term         which management node is obeyed
 volumes      create, admit, list
+adoption     appraise, adopt
 serving      promote, serve, unserve, demote
 addresses    take, drop; the lookout for others who have them
 leases       lease; the watch over them
@@ -34,6 +35,7 @@ from agent.config import Config
 from agent.contract import messages as m
 from agent.service import (
     addresses,
+    adoption,
     devices,
     generations,
     growth,
@@ -61,6 +63,8 @@ HANDLERS: dict[type[Any], Callable[[Node, Any, ProgressCall], Any]] = {
     m.TryPath: health.try_path,
     m.ListDevices: devices.list_devices,
     m.CreateVolume: volumes.create,
+    m.AppraiseVolume: adoption.appraise,
+    m.AdoptVolume: adoption.adopt,
     m.AdmitReplica: volumes.admit,
     m.ListVolumes: volumes.list_volumes,
     m.PromoteVolume: serving.promote,

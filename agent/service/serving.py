@@ -129,6 +129,7 @@ def facts_of(node: Node, record: VolumeRecord) -> m.VolumeFacts:
         lease_s=remaining_s(tenure, boottime_ns()) if in_force else None,
         address=tenure.address if in_force else "",
         confirmed=in_force and tenure.served and _is_primary_at(record, tenure.epoch),
+        sector_bytes=record.sector_bytes,
     )
 
 

@@ -5,6 +5,7 @@ If we die before the rename the old content stands and a ``.new-*`` file is left
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import secrets
@@ -88,6 +89,18 @@ def held_elsewhere(path: Path) -> bool:
             return False
     except DeviceBusy:
         return True
+
+
+def written_elsewhere(descriptor: int) -> bool:
+    """Whether somebody else has an open file open for writing, found by a lease (fcntl(2), F_SETLEASE) that is given back at once."""
+    try:
+        fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+    except OSError as error:
+        if error.errno == errno.EAGAIN:
+            return True
+        raise
+    fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    return False
 
 
 def _is_locked(descriptor: int) -> bool:

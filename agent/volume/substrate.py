@@ -64,6 +64,15 @@ class Workspace:
     kind: WorkspaceKind
 
 
+@dataclass(frozen=True, slots=True)
+class Foreign:
+    """Something that holds a filesystem, which is no volume yet: a device to look into it, which must not be written."""
+
+    device: Path
+    size_bytes: int
+    sector_bytes: int
+
+
 class Substrate(Protocol):
     """Operational volumes, their generations, and workspaces."""
 
@@ -90,6 +99,17 @@ class Substrate(Protocol):
 
     def create(self, record: VolumeRecord) -> None:
         """Make a volume with g0 as its only generation; a primary also gets an empty operational image. VolumeExists, NoSpace."""
+
+    def foreign(self, source: str) -> AbstractContextManager[Foreign]:
+        """Give what ``source`` names in the substrate's own words, to look into. NotOurs, LayoutUnsupported for what cannot become an
+        operational volume without being copied, DeviceBusy for what is used, VolumeExists for what is Landfall's already."""
+
+    def adopt(self, record: VolumeRecord, source: str) -> None:
+        """Make a volume of which ``source`` is the operational volume, in place: not a block of it is written.
+
+        The volume comes first, without an operational one, then ``source`` takes that place in one step. If we die in between, ``source``
+        is as it was, and asked again, the rest is done; asked after the end, nothing is. VolumeExists.
+        """
 
     def remove(self, volume: UUID) -> None:
         """Destroy a volume with all its generations and workspaces; DeviceBusy while any is in use."""

@@ -14,7 +14,7 @@ from rich.console import Console
 from agent.contract.errors import DrillFailed
 from agent.contract.identity import FilesystemKind
 from agent.contract.messages import Differential
-from mgmt.drill.options import MIB, Kill, LabKind, Options
+from mgmt.drill.options import MIB, LabKind, Options
 from mgmt.lab.layout import LabSubstrate
 from mgmt.sizes import Size
 
@@ -49,8 +49,9 @@ class _Share(click.ParamType[float]):
     help="What volumes are kept on; the local lab's lvm-* take a kernel with device-mapper. [default: reflink; what the VM lab has]",
 )  # fmt: skip
 @click.option("--fs", "filesystem", type=click.Choice([kind.value for kind in FilesystemKind]), default="ext4", show_default=True)
-@click.option("--at", type=_Share(), default=0.5, show_default=True, help="Kill after this share of the transfer's bytes.")
-@click.option("--kill", type=click.Choice([kind.value for kind in Kill]), help="What dies. [default: agent; in the VM lab, node]")
+@click.option("--scenario", "name", help="What goes wrong; --list shows all. [default: source-killed; in the VM lab, source-lost]")
+@click.option("--list", "listed", is_flag=True, help="List the scenarios, and hold none.")
+@click.option("--at", type=_Share(), help="Break the transfer off after this share of its bytes. [default: as the scenario says]")
 @click.option("--differential", type=click.Choice([mode.value for mode in Differential]), default="send", show_default=True)
 @click.option("--seed", type=click.IntRange(min=0), default=1, show_default=True)
 @click.option("--files", type=click.IntRange(min=100), help="Files to begin with. [default: 20000; in the VM lab, 1500]")
@@ -64,8 +65,9 @@ def drill(
     lab: str,
     substrate: str | None,
     filesystem: str,
-    at: float,
-    kill: str | None,
+    name: str | None,
+    listed: bool,
+    at: float | None,
     differential: str,
     seed: int,
     files: int | None,
@@ -76,7 +78,8 @@ def drill(
     keep_lab: bool,
     as_json: bool,
 ) -> None:
-    """Replicate a volume of real files, kill the source in the middle, recover, and have the result checked."""
+    """Replicate a volume of real files, let something go wrong in the middle, recover, and have the result checked."""
+    from mgmt.drill import scenario as scenarios
     from mgmt.drill.report import document, sentence
     from mgmt.drill.stage import Stage
     from mgmt.view import table
@@ -84,8 +87,14 @@ def drill(
     on_machines, xfs = LabKind(lab) is LabKind.VM, FilesystemKind(filesystem) is FilesystemKind.XFS
     if not on_machines and substrate and substrate not in set(LabSubstrate):
         raise click.UsageError(f"the local lab cannot have the substrate {substrate}")
-    if on_machines and kill not in {None, "node"}:
-        raise click.UsageError("in the VM lab it is the node that dies")
+    if listed:
+        _list(as_json)
+        return
+    scenario = scenarios.read(name or ("source-lost" if on_machines else "source-killed"))
+    if LabKind(lab) not in scenario.labs:
+        raise click.UsageError(f"scenario {scenario.name} is for the lab {' or '.join(scenario.labs)}")
+    if at is not None:
+        scenario = scenario.at(at)
     usual = (20_000, 2048 * MIB, 2_000, 0) if not on_machines else (1_500, (320 if xfs else 256) * MIB, 300, MIB)
     given = (files, size, changes, rate)
     file_count, size_bytes, change_count, rate_bytes_s = (
@@ -93,8 +102,8 @@ def drill(
     )
     options = Options(
         FilesystemKind(filesystem),
-        at,
-        Kill(kill or ("node" if on_machines else "agent")),
+        scenario.share,
+        scenario.name,
         Differential(differential),
         seed,
         file_count,
@@ -110,9 +119,9 @@ def drill(
     if on_machines:
         options, course = _on_machines(options, out, stage)
     else:
-        from mgmt.drill.scenario import Drill
+        from mgmt.drill.local import Drill
 
-        course = Drill(options, stage).run()
+        course = Drill(options, scenario, stage).run()
     folder = options.folder
     report = document(options, course)
     (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
@@ -126,6 +135,21 @@ def drill(
         click.echo(f"report: {folder / 'report.json'}" + (f", {folder / 'report.html'}" if course.statement is not None else ""))
     if course.findings is not None and not course.findings.clean:
         raise DrillFailed("the checker found faults", cause="; ".join(course.findings.first[:5]))
+    if course.shortfalls:
+        raise DrillFailed(f"scenario {scenario.name} did not end as it must", cause="; ".join(course.shortfalls))
+
+
+def _list(as_json: bool) -> None:
+    """Print every scenario with what it is about."""
+    from agent.contract.messages import to_document
+    from mgmt.drill import scenario as scenarios
+    from mgmt.terminal import Sheet, show, show_json
+
+    found = [scenarios.read(name) for name in scenarios.names()]
+    if as_json:
+        show_json([{"name": one.name, "says": one.says, "labs": list(one.labs), "expect": to_document(one.expect)} for one in found])
+    else:
+        show([Sheet(("scenario", "labs", "what happens"), tuple((one.name, ", ".join(one.labs), one.says) for one in found))])
 
 
 def _on_machines(options: Options, out: Path | None, stage: Stage) -> tuple[Options, Course]:

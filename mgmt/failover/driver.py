@@ -5,12 +5,13 @@ Which step is next is what the journal says; nothing else is remembered. If we d
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Final
 
 from agent.contract import messages as m
-from agent.contract.errors import FenceUnproved, LandfallError, NoSuchVolume
+from agent.contract.errors import DeviceFailed, FenceUnproved, LandfallError, NoSuchVolume
 from agent.system.clock import wall_ns
 from agent.system.failpoint import failpoint
 from mgmt.catalog import VolumeEntry
@@ -95,10 +96,9 @@ def _seen(site: Site, entry: VolumeEntry) -> Facts:
     target = site.node(entry.secondary)
     source = None
     if sight.agent:
-        try:
+        # One that was made anew holds nothing; one whose disk failed can say nothing, and that must not keep the other from taking over.
+        with contextlib.suppress(NoSuchVolume, DeviceFailed):
             source = facts_of(site.node(entry.primary), entry.id)
-        except NoSuchVolume:
-            source = None  # it was made anew since, and holds nothing
     receptions = tuple(found for found in target.ask(m.ListTransfers()).transfers if found.volume == entry.id and not found.sending)
     return Facts(
         entry,
@@ -135,7 +135,9 @@ def _carried_out(work: Work) -> Account:
 
 
 def _take_back(work: Work, error: LandfallError) -> None:
-    """Let the source serve again what it is still primary of. If we die here, the next `failover --planned` goes on instead."""
+    """Let the source serve again what it is still primary of. If we die here, or it cannot be told, the failover stays open: nobody serves
+    then, and the next `failover --planned` goes on with it.
+    """
     plan, source = work.plan, work.site.node(work.plan.source)
     try:
         epoch = facts_of(source, plan.volume).epoch
@@ -144,8 +146,8 @@ def _take_back(work: Work, error: LandfallError) -> None:
         let_serve(work.site, work.volume, plan.source, epoch)
     except LandfallError as second:
         error.add_note(f"{plan.source} could not be made to serve again: {second}")
-    else:
-        error.add_note(f"{plan.source} serves {plan.name} again; nothing was handed over")
+        return
+    error.add_note(f"{plan.source} serves {plan.name} again; nothing was handed over")
     work.journal.end(work.failover.id, error.code)
 
 

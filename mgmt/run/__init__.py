@@ -2,7 +2,7 @@
 
 site          what operations work on: configuration, catalog, authority, the nodes
 roles         who is primary: the agents say so, the catalog follows
-volumes       add a volume, list, lay down its policy, serve it or stop
+volumes       add or adopt a volume, list, lay down its policy, serve it or stop
 notices       notifications fetched, stored, acknowledged
 retention     generations let go, and held
 replication   a generation, its differential, a transfer, resumed while both nodes live; discard
@@ -26,7 +26,7 @@ from mgmt.run.salvage import salvage as salvage_volume
 from mgmt.run.site import Site, Teller
 from mgmt.run.standing import NodeView, Standing, gauge_of, standing
 from mgmt.run.verification import Damage, Verified, verify
-from mgmt.run.volumes import add_volume, grow_volume, list_volumes, move_address, serve, set_volume, unserve
+from mgmt.run.volumes import add_volume, adopt_volume, grow_volume, list_volumes, move_address, serve, set_volume, unserve
 
 __all__ = [
     "CheckState",
@@ -41,6 +41,7 @@ __all__ = [
     "Teller",
     "Verified",
     "add_volume",
+    "adopt_volume",
     "collect",
     "discard",
     "gauge_of",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pwd
+import secrets
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -35,6 +36,10 @@ HELLO_LIMIT_S = 20.0
 """At least; who gives nodes longer to be reached has slow ones, where starting the program that answers takes its time as well."""
 
 
+TERM_STEP = 10**6
+"""What a term is above the one before, at least about: the digits below are the chance by which two terms differ."""
+
+
 def nobody(node: str, progress: Progress) -> None:
     """Be told and say nothing."""
 
@@ -50,11 +55,13 @@ class Site:
         *,
         program: Program = run_program,
         threads: Threads | None = None,
+        draw: Callable[[int], int] = secrets.randbelow,
     ) -> None:
         inventory.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.inventory = inventory
         self.knock = knock
         self.program = program
+        self.draw = draw
         self.threads = threads or Threads()
         self.catalog = Catalog(inventory.state_dir / "catalog.sqlite")
         self._authority: Authority | None = None
@@ -127,6 +134,9 @@ class Site:
     def take_over(self) -> int:
         """Put this management node in charge and return its term: above every agent's that answers; each is told at once.
 
+        Of two that take over at the same time, each of them reaching other agents, both would have the same term if that were only
+        counted. So its last digits are chance: one of the two is above, wherever it is heard of.
+
         NodeUnreachable if none answers: a term above those of nobody is no proof of anything. A node that is away obeys whoever reaches it
         first. If we die here some have been told; taking over again goes above them.
         """
@@ -138,7 +148,7 @@ class Site:
                 away.append(error)
         if not terms:
             raise away[0] if away else ConfigInvalid("the inventory names no node")
-        self.catalog.set_term(max(self.catalog.term, *terms.values()) + 1)
+        self.catalog.set_term(next_term(max(self.catalog.term, *terms.values()), self.draw))
         for name in terms:
             self.hello(name)
         return self.catalog.term
@@ -157,6 +167,11 @@ def operator() -> str:
     except KeyError:
         user = str(os.getuid())
     return f"{user}@{socket.gethostname()}"
+
+
+def next_term(known: int, draw: Callable[[int], int]) -> int:
+    """Return a term above ``known`` that nobody else is likely to draw."""
+    return (known // TERM_STEP + 1) * TERM_STEP + draw(TERM_STEP)
 
 
 def release() -> str:

@@ -53,6 +53,7 @@ class Scene:
         self.lab, self.filesystem = lab, filesystem
         self._mgmt = mgmt
         self._site: operations.Site | None = None
+        self._dmi: Dmi | None = None
 
     def asked(self, act: Callable[[operations.Site], T]) -> T:
         """Return what ``act`` returns, done on the management node."""
@@ -121,6 +122,11 @@ class Scene:
         """Replicate what changed; return when it is committed on nas2, with the seconds of each stage."""
         return self.asked(self._cycle)
 
+    def dmi(self) -> Dmi:
+        """Return the DMI of the last cycle."""
+        assert self._dmi is not None
+        return self._dmi
+
     def _cycle(self, site: operations.Site) -> Cycle:
         at: dict[str, float] = {}
 
@@ -150,7 +156,7 @@ class Scene:
         finally:
             site.node(NAS1).ask = ask  # type: ignore[method-assign]
         mark("end")
-        dmi = Dmi.decode(site.node(NAS1).fetch(m.FetchDmi(done.transfer)))
+        dmi = self._dmi = Dmi.decode(site.node(NAS1).fetch(m.FetchDmi(done.transfer)))
         assert done.built is not None
         names = (
             ("take", "TakeGeneration"), ("build", "BuildTransfer"), ("listen", "listening"), ("send DMI", "management information"),

@@ -131,12 +131,14 @@ DEMOTE = (
     "demote.after_role",
 )
 CREATE = ("substrate.create.before", "substrate.create.before_rename", "substrate.create.after")
+ADOPT = ("substrate.adopt.before", "substrate.adopt.half", "substrate.adopt.after")
 GROW = ("substrate.grow.before", "substrate.grow.half", "substrate.grow.after")
 END = ("remove.before_records", "remove.after_records")
 REMOVE = ("substrate.remove.before", "substrate.remove.renamed", "substrate.remove.after")
 
 FAILPOINTS: tuple[tuple[Phase, tuple[str, ...]], ...] = (
     (phases.create_dies, CREATE),
+    (phases.adopt_dies, ADOPT),
     (phases.remove_dies, REMOVE),
     (phases.end_dies, END),
     (phases.grow_dies, GROW),

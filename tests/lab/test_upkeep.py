@@ -17,7 +17,7 @@ from typing import TypeVar
 import pytest
 
 from agent.contract import messages as m
-from agent.contract.errors import NoSuchGeneration, RequestRefused
+from agent.contract.errors import NoSuchGeneration, NotOurs, RequestRefused, VolumeExists
 from agent.contract.identity import BLOCK_BYTES, FilesystemKind, GenerationId
 from agent.system.run import run as start_program
 from mgmt import run
@@ -306,6 +306,44 @@ def test_E20_a_volume_grows_under_its_clients_and_the_next_differential_has_the_
         managed(lab, lambda site: site.node(NAS2).ask(m.CloseGeneration(done.target)))
     if filesystem is FilesystemKind.XFS:
         command(lab, *grow)
+
+
+EXISTING = """
+import os, subprocess, sys
+image, root = sys.argv[1], sys.argv[1] + ".root"
+with open(image, "wb") as file:
+    file.truncate(64 << 20)
+os.mkdir(root)
+with open(root + "/kept", "wb") as file:
+    file.write(b"for years" * 100_000)
+subprocess.run(["mkfs.ext4", "-q", "-b", "4096", "-d", root, image], check=True)
+"""
+
+
+def test_an_existing_filesystem_becomes_a_volume_without_a_copy(lab: Lab) -> None:
+    image = "/run/landfall/node/pool/old.img"
+    start_program(lifecycle.inside(lab, NAS1, [sys.executable, "-c", EXISTING, image]))
+    about = start_program(lifecycle.inside(lab, NAS1, ["stat", "-c", "%i %b", image])).text.split()
+    order = ("volume", "adopt", "existing", image, "--keep", "last=3")
+    command(lab, *order, expect=2)  # nobody said yes
+    command(lab, "volume", "adopt", "existing", "/run/landfall/node/pool/none.img", "--yes", expect=NotOurs.exit_code)
+    assert [entry.name for entry in managed(lab, run.list_volumes) if entry.name == "existing"] == []
+    facts = json.loads(command(lab, *order, "--yes", "--json"))
+    assert json.loads(command(lab, *order, "--yes", "--json"))["id"] == facts["id"], "said twice, done once"
+    there = f"/run/landfall/node/pool/volumes/{facts['id']}/operational.img"
+    assert start_program(lifecycle.inside(lab, NAS1, ["stat", "-c", "%i", there])).text.split() == about[:1]
+    kept = digest(lab, NAS1, f"{facts['mount_point']}/kept").split()[0]
+    assert kept == hashlib.sha256(b"for years" * 100_000).hexdigest()
+    target = replicated(lab, "existing")
+    assert managed(lab, lambda site: run.verify(site, "existing")).clean
+    opened = managed(lab, lambda site: site.node(NAS2).ask(m.OpenGeneration(target)).path)
+    try:
+        assert digest(lab, NAS2, f"{opened}/kept").split()[0] == kept
+    finally:
+        managed(lab, lambda site: site.node(NAS2).ask(m.CloseGeneration(target)))
+    listed = {entry.name: entry for entry in managed(lab, run.list_volumes)}
+    assert (listed["existing"].size_bytes, listed["existing"].keep.last) == (64 << 20, 3)
+    command(lab, "volume", "adopt", "existing", image, "--primary", "nas2", "--secondary", "nas1", "--yes", expect=VolumeExists.exit_code)
 
 
 FILES = """

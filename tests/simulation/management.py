@@ -147,7 +147,9 @@ class Management:
     def _site(self) -> Site:
         process = current().process
         nodes: dict[str, Any] = {name: NodeOverNetwork(self.network, self.host, agent) for name, agent in self.agents.items()}
-        site = Site(self.inventory, nodes, self._knock, program=self._program, threads=SimThreads(self.world))
+        site = Site(
+            self.inventory, nodes, self._knock, program=self._program, threads=SimThreads(self.world), draw=self.world.rng.randrange
+        )
         process.at_death.append(site.catalog.close)
         return site
 

@@ -8,7 +8,7 @@ it has heard, and lets lower ones only look. A class's docstring begins with its
 
 node         who answers, its health and devices, the path to its peer, its outbox
 generations  facts of them; take, drop, open, close, restore; examine, digests, owners
-volumes      facts of them; create, admit, list
+volumes      facts of them; create, appraise, adopt, admit, list
 serving      promote, serve, unserve, demote; lease, service address
 transfers    build, mend, receive, send, list, fetch, discard
 salvages     update, undo
@@ -101,6 +101,9 @@ from agent.contract.messages.transfers import (
 )
 from agent.contract.messages.volumes import (
     AdmitReplica,
+    AdoptVolume,
+    Appraised,
+    AppraiseVolume,
     CreateVolume,
     GrowVolume,
     ListVolumes,
@@ -121,6 +124,9 @@ __all__ = [
     "VERB_OF",
     "AcknowledgeOutbox",
     "AdmitReplica",
+    "AdoptVolume",
+    "AppraiseVolume",
+    "Appraised",
     "AskHealth",
     "Blob",
     "BuildMend",
@@ -212,6 +218,8 @@ VERBS: Final[dict[str, tuple[type[Any], type[Any]]]] = {
     "path.try": (TryPath, PathTried),
     "devices": (ListDevices, Devices),
     "volume.create": (CreateVolume, VolumeFacts),
+    "volume.appraise": (AppraiseVolume, Appraised),
+    "volume.adopt": (AdoptVolume, VolumeFacts),
     "volume.admit": (AdmitReplica, VolumeFacts),
     "volume.grow": (GrowVolume, VolumeFacts),
     "volume.remove": (RemoveVolume, Done),
@@ -256,6 +264,7 @@ LOOKING: Final = frozenset(
         "path.open",
         "path.try",
         "devices",
+        "volume.appraise",
         "volume.list",
         "generation.examine",
         "generation.digests",
