@@ -130,6 +130,7 @@ def facts_of(node: Node, record: VolumeRecord) -> m.VolumeFacts:
         address=tenure.address if in_force else "",
         confirmed=in_force and tenure.served and _is_primary_at(record, tenure.epoch),
         sector_bytes=record.sector_bytes,
+        rests=tenure.rests_after is not None,
     )
 
 

@@ -117,6 +117,7 @@ class Watch:
             seen=_look(site, entry) if silent_s >= site.inventory.silence_limit_s else None,
             automatic=site.inventory.automatic_failover,
             failover=_unfinished(site, entry),
+            term=site.catalog.term,
         )
 
     @staticmethod

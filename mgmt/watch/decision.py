@@ -70,11 +70,27 @@ class Facts:
     seen: Sight | None  # what both paths say of a primary that was silent for too long; None: the other could not be asked
     automatic: bool  # whether a failover wants no operator
     failover: Unfinished | None = None
+    term: int = 0  # of this management node
 
 
 def decide(facts: Facts) -> Decision:
-    """Return the first that applies: who writes is being decided, what must not go on, who is gone, may serve, what broke off, is due."""
-    return _contested(facts) or _refused(facts) or _silent(facts) or _unconfirmed(facts) or _unfinished(facts) or _scheduled(facts)
+    """Return the first that applies; what only waits says so where nobody serves the volume, and nobody but an operator can end that."""
+    for found in (_overruled, _contested, _refused, _silent, _unconfirmed, _unfinished):
+        if decision := found(facts):
+            return decision
+    decision, primary = _scheduled(facts), facts.standing.primary
+    if decision.act is Act.WAIT and primary.facts is not None and primary.facts.rests:
+        told = f"{primary.node} was told to stop serving it, `landfall serve {facts.standing.volume.name}` lets it"
+        return Decision(Act.WAIT, f"{decision.sentence}; {told}")
+    return decision
+
+
+def _overruled(facts: Facts) -> Decision | None:
+    """Another management node took over: a node that heard of it takes no order of this one."""
+    heard = max(facts.standing.primary.term, facts.standing.secondary.term)
+    if heard <= facts.term:
+        return None
+    return Decision(Act.WAIT, f"waits: another management node is in charge, in term {heard}; `landfall takeover` puts this one in charge")
 
 
 def _contested(facts: Facts) -> Decision | None:

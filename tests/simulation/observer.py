@@ -56,4 +56,4 @@ class Observer:
 
     def came_to_rest(self, nodes: list[Seen], said: str) -> bool:
         """Whether exactly one node takes writes, or the management node that is in charge asks for the operator."""
-        return sum(seen.writes for seen in nodes) == 1 or "holds still" in said
+        return sum(seen.writes for seen in nodes) == 1 or "holds still" in said or "`landfall serve" in said

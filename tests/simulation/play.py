@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 import tempfile
 from collections import defaultdict
@@ -85,8 +86,7 @@ class Stage:
             for name in MGMT
         }
         self.hosts: dict[str, Host] = {**self.nas, **{name: found.host for name, found in self.management.items()}}
-        self.in_charge = MGMT[0]
-        self._were_in_charge = {self.in_charge}
+        self._were_in_charge = {MGMT[0]}
         self.observer = Observer(self._is_forced)
         self._seen_version = -1
         self._armed: dict[tuple[str, str], list[Happening]] = defaultdict(list)
@@ -140,13 +140,15 @@ class Stage:
         ]
 
     def _said(self) -> str:
-        return self.management[self.in_charge].said
+        terms = {name: _asked(found.state / "catalog.sqlite", "SELECT number FROM term") for name, found in self.management.items()}
+        return self.management[max(MGMT, key=lambda name: (terms[name], name == MGMT[0]))].said
 
     def _rests(self) -> bool:
         return self.observer.came_to_rest(self._seen(), self._said())
 
     def _is_forced(self) -> bool:
-        return any(_count(found.state / "catalog.sqlite", "split_brain") for found in self.management.values())
+        count = "SELECT count(*) FROM split_brain"
+        return any(_asked(found.state / "catalog.sqlite", count) for found in self.management.values())
 
     # --- what happens ---
 
@@ -204,8 +206,7 @@ class Stage:
 
     def _take_over(self, management: Management, site: Site) -> None:
         site.take_over()
-        self.in_charge = management.host.name
-        self._were_in_charge.add(self.in_charge)
+        self._were_in_charge.add(management.host.name)
         if management.service is None or not management.service.alive:
             management.start_service()
 
@@ -318,8 +319,8 @@ def _replicated(nas: dict[str, Nas]) -> None:
         node.disk.operational_content[NUMBER] = 1
 
 
-def _count(path: Path, table: str) -> int:
-    with sqlite3.connect(f"file:{path}?mode=ro", uri=True) as db:
-        (number,) = db.execute(f"SELECT count(*) FROM {table}").fetchone()
-    db.close()
+def _asked(path: Path, query: str) -> int:
+    """Return the number that a catalog has for a query."""
+    with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as db:
+        (number,) = db.execute(query).fetchone()
     return int(number)

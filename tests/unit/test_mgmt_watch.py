@@ -183,6 +183,21 @@ def test_a_lease_counts_when_the_node_said_that_it_has_it_and_in_the_term_in_whi
         assert site.catalog.lease(volume, "nas1") == 0.0, "who was in charge before may still renew it"
 
 
+def test_what_an_operator_ended_is_not_begun_again_and_not_forgotten(scene: Scene) -> None:
+    (facts,) = scene.pair.facts("nas1")
+    scene.pair.nas1.handlers[m.ListVolumes] = lambda _: m.Volumes((replace(facts, rests=True, confirmed=True),))
+    said = "projects waits to be told: it has no schedule; nas1 was told to stop serving it, `landfall serve projects` lets it."
+    assert scene.cycle() == said
+
+
+def test_C8_a_service_waits_where_another_management_node_took_over(scene: Scene) -> None:
+    scene.pair.nas2.handlers[m.ListVolumes] = lambda _: m.Volumes(scene.pair.facts("nas2"), term=7)
+    waits = "projects waits: another management node is in charge, in term 7; `landfall takeover` puts this one in charge."
+    assert scene.cycle() == waits
+    scene.site.catalog.set_term(7)
+    assert scene.cycle() == "projects waits to be told: it has no schedule."
+
+
 def test_C5_nobody_is_let_serve_until_a_failover_that_broke_off_is_done(scene: Scene) -> None:
     fence_by(scene.pair, 0)
     run.replicate(scene.site, "projects")
