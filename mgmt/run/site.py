@@ -7,7 +7,7 @@ import pwd
 import secrets
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
@@ -150,7 +150,8 @@ class Site:
             raise away[0] if away else ConfigInvalid("the inventory names no node")
         self.catalog.set_term(next_term(max(self.catalog.term, *terms.values()), self.draw))
         for name in terms:
-            self.hello(name)
+            with suppress(NodeUnreachable):  # it went away meanwhile, and is told when it is asked something
+                self.hello(name)
         return self.catalog.term
 
     def evidence_folder(self, transfer: UUID) -> Path:

@@ -139,9 +139,14 @@ class Stage:
             for name, nas in self.nas.items()
         ]
 
-    def _said(self) -> str:
+    @property
+    def _in_charge(self) -> str:
+        """The management node of the highest term."""
         terms = {name: _asked(found.state / "catalog.sqlite", "SELECT number FROM term") for name, found in self.management.items()}
-        return self.management[max(MGMT, key=lambda name: (terms[name], name == MGMT[0]))].said
+        return max(MGMT, key=lambda name: (terms[name], name == MGMT[0]))
+
+    def _said(self) -> str:
+        return self.management[self._in_charge].said
 
     def _rests(self) -> bool:
         return self.observer.came_to_rest(self._seen(), self._said())
@@ -282,6 +287,9 @@ class Stage:
                 for reason in range(1, self._reasons + 1):
                     process.go_on(f"signal {reason}")
             self._power_on(name)
+        self._were_in_charge.add(self._in_charge)
+        if self.management[self._in_charge].service is None:  # whoever took over did not come to starting it
+            self.management[self._in_charge].start_service()
         self.world.watchers.append(self._switch_on)
 
     def _switch_on(self) -> None:
