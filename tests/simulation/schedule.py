@@ -95,6 +95,7 @@ _WEIGHTS: Final = {
     Act.FAIL_OVER: 2,
     Act.DECLARE_DEAD: 2,
     Act.SERVE: 1,
+    Act.FORCE: 1,
     Act.PLANNED: 2,
     Act.REPLICATE: 2,
     Act.FAIL_BACK: 2,
