@@ -24,7 +24,7 @@ from agent.contract.errors import DrillFailed, LandfallError
 from agent.system.clock import monotonic_s, wall_ns
 from agent.system.run import run
 from mgmt import run as operations
-from mgmt.drill import evidence, judgement, workload
+from mgmt.drill import evidence, workload
 from mgmt.drill.course import Course
 from mgmt.drill.disks import frozen_on, within_node
 from mgmt.drill.evidence import Evidence, Findings
@@ -108,7 +108,6 @@ class Drill:
                 self._do(step)
             self.course.client = onlooker.seen()
         self.course.serves = self._serving()
-        self.course.shortfalls = judgement.shortfalls(self.course, self.scenario.expect)
 
     def _do(self, step: Step) -> None:
         match step:
@@ -197,8 +196,12 @@ class Drill:
         armed = []
         if step.dies_after:
             armed = ["env", "LANDFALL_ALLOW_FAILPOINTS=1", f"LANDFALL_FAILPOINTS=failover.after_{step.dies_after}=kill"]
-        end = f"killed after {step.dies_after}" if step.dies_after else f"must be refused ({step.refused})" if step.refused else ""
-        with self.stage.step(f"landfall failover: {end or 'fence, determination, recovery, address, exports'}"):
+        what = "nas2 takes over: fence, determination, recovery, address, exports"
+        if step.refused:
+            what = f"landfall failover: must be refused ({step.refused})"
+        elif step.dies_after:
+            what = f"nas2 takes over: killed after {step.dies_after}"
+        with self.stage.step(what):
             argv = [*armed, sys.executable, "-m", "mgmt.cli", "--lab", str(self.lab.directory), *words]
             said = run(argv, timeout_s=COMMAND_LIMIT_S, ok=range(-64, 256))
         if step.dies_after:

@@ -9,7 +9,7 @@ import platform
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -34,20 +34,29 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One ratio with what is wanted of it. ``more_is_better``: the goal is a lower bound, else an upper one."""
+    """One figure with what is wanted of it. ``more_is_better``: goal and ``gross`` are lower bounds, else upper ones.
+
+    The goal is that of the full size on a quiet machine; what is beyond ``gross`` is a gross regression at any size on any machine, so
+    only ratios have one.
+    """
 
     name: str
     value: float
-    goal: float | None
+    goal: float | None = None
     unit: str = "x"
     more_is_better: bool = True
+    gross: float | None = None
+
+    def within(self, bound: float | None) -> bool:
+        """Whether the value is on the right side of a bound; a figure without one is for reading."""
+        if bound is None:
+            return True
+        return self.value >= bound if self.more_is_better else self.value <= bound
 
     @property
     def met(self) -> bool:
-        """Whether the goal is met; a figure without one is for reading."""
-        if self.goal is None:
-            return True
-        return self.value >= self.goal if self.more_is_better else self.value <= self.goal
+        """Whether the goal is met."""
+        return self.within(self.goal)
 
     @property
     def missed_by(self) -> float:
@@ -105,18 +114,36 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     return made
 
 
-def keep(folder: Path, name: str, measured: Any, figures: Sequence[Figure], described: Machine) -> None:
-    """Write ``folder``/NAME.json: the machine, the figures with their goals, and what was measured; and print the figures."""
-    folder.mkdir(parents=True, exist_ok=True)
+def parsed(of: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse.Namespace:
+    """Return the options, and make the folder for the results."""
+    asked = of.parse_args(arguments)
+    asked.folder.mkdir(parents=True, exist_ok=True)
+    return asked
+
+
+def keep(asked: argparse.Namespace, name: str, measured: Any, figures: Sequence[Figure], described: Machine) -> int:
+    """Write NAME.json into the folder asked for: the machine, the figures with their goals, what was measured. Print the figures.
+
+    Return the exit status: 1 if the short form was asked for and a figure is beyond its ``gross``; a goal that is missed is no failure.
+    """
+    kept = [replace(figure, goal=None) for figure in figures] if asked.short else list(figures)
     document = {
         "bench": name,
+        "short": asked.short,
         "machine": asdict(described),
-        "figures": [{**asdict(figure), "met": figure.met, "missed_by": figure.missed_by} for figure in figures],
+        "figures": [{**asdict(figure), "met": figure.met, "missed_by": figure.missed_by} for figure in kept],
         "measured": asdict(measured),
     }
-    (folder / f"{name}.json").write_text(json.dumps(document, indent=1))
-    for figure in figures:
-        goal = "" if figure.goal is None else f" (goal {'at least' if figure.more_is_better else 'at most'} {figure.goal:g} {figure.unit})"
-        verdict = "" if figure.met else f": MISSED by {figure.missed_by:.0%}"
-        sys.stdout.write(f"{name}: {figure.name}: {figure.value:.3g} {figure.unit}{goal}{verdict}\n")
+    (asked.folder / f"{name}.json").write_text(json.dumps(document, indent=1))
+    status = 0
+    for figure in kept:
+        bound = "at least" if figure.more_is_better else "at most"
+        words = [f"{name}: {figure.name}: {figure.value:.3g} {figure.unit}"]
+        if figure.goal is not None:
+            words.append(f"(goal: {bound} {figure.goal:g}{'' if figure.met else f'; MISSED by {figure.missed_by:.0%}'})")
+        if asked.short and not figure.within(figure.gross):
+            words.append(f"GROSS REGRESSION: it should be {bound} {figure.gross:g} anywhere")
+            status = 1
+        sys.stdout.write(" ".join(words) + "\n")
     sys.stdout.flush()
+    return status
