@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Final, NoReturn, cast
+from typing import Any, Final, NoReturn
 
 from agent.config import Config
 from agent.contract import messages as m
@@ -22,7 +22,6 @@ from agent.serving.keeper import KeeperOrder
 from agent.system import clock
 from agent.system.files import held_elsewhere, lock_for_life
 from agent.system.neighbour import Heard, Link
-from agent.volume.substrate import Substrate
 from tests.simulation import data_path
 from tests.simulation.machine import Host, Nas
 from tests.simulation.world import KilledError, Process, World, current, pause
@@ -118,7 +117,7 @@ class Agent:
         )
         pause(self.world.rng.uniform(0.1, 1.5))
         current().process.own(lock_for_life(folder / "state" / "lock"))
-        node = Node(config, self.host.kernel, substrate=cast(Substrate, self.host.disk), keep=self._keep)
+        node = Node(config, self.host.kernel, substrate=self.host.disk, keep=self._keep)
         node.recover()
         transfers.recover(node)
         self._lookout = Lookout(node)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from uuid import UUID
@@ -19,7 +19,7 @@ from agent.serving.address import Claim, Interface
 from agent.serving.machine import Machine as Kernel
 from agent.serving.samba import Share
 from agent.system.neighbour import Heard, Link
-from agent.volume.substrate import ChangedRuns, VolumeRecord, Workspace
+from agent.volume.substrate import ChangedRuns, Foreign, Take, VolumeRecord, Workspace
 from tests.simulation.world import KilledError, Process, S, SimThreads, World, current, pause
 
 YEAR_2026_NS = 1_795_000_000 * S
@@ -158,6 +158,9 @@ class Disk:
         self.held[volume].append(facts)
         return 10.0
 
+    def take_together(self, takes: Sequence[Take]) -> float:
+        return max(self.take(take.volume, take.mount_point, take.facts) for take in takes)
+
     def receive(self, facts: m.GenerationFacts, content: int) -> None:
         """Hold a generation that came whole."""
         _alive()
@@ -192,6 +195,44 @@ class Disk:
 
     def recover(self) -> None:
         _alive()
+
+    # What no verb that is played here comes to.
+
+    def differential_identity(self, base: GenerationId) -> str:
+        raise NotImplementedError
+
+    def differential(self, base: GenerationId) -> AbstractContextManager[Path]:
+        raise NotImplementedError
+
+    def create(self, record: VolumeRecord) -> None:
+        raise NotImplementedError
+
+    def foreign(self, source: str) -> AbstractContextManager[Foreign]:
+        raise NotImplementedError
+
+    def adopt(self, record: VolumeRecord, source: str) -> None:
+        raise NotImplementedError
+
+    def remove(self, volume: UUID) -> None:
+        raise NotImplementedError
+
+    def grow(self, volume: UUID, size_bytes: int) -> None:
+        raise NotImplementedError
+
+    def reading(self, generation: GenerationId) -> AbstractContextManager[Path]:
+        raise NotImplementedError
+
+    def begin(self, workspace: Workspace, base: GenerationId, room_bytes: int | None = None) -> None:
+        raise NotImplementedError
+
+    def writing(self, workspace: Workspace) -> AbstractContextManager[Path]:
+        raise NotImplementedError
+
+    def commit(self, workspace: Workspace, facts: m.GenerationFacts) -> None:
+        raise NotImplementedError
+
+    def replace(self, workspace: Workspace, generation: GenerationId) -> None:
+        raise NotImplementedError
 
 
 class Nas(Host):
