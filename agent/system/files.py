@@ -39,6 +39,24 @@ def write_durably(path: Path, content: bytes | Iterable[bytes], *, mode: int = 0
     failpoint("files.after_rename")
 
 
+def append_durably(path: Path, line: bytes, *, mode: int = 0o600) -> None:
+    """Add a line to ``path``, made if need be; on return it survives power loss.
+
+    If we die here a part of the line may be left; the next one begins below it.
+    """
+    is_new = not path.exists()
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
+    try:
+        size = os.fstat(descriptor).st_size
+        begun = size and os.pread(descriptor, 1, size - 1) != b"\n"
+        os.write(descriptor, (b"\n" if begun else b"") + line + b"\n")  # at once: others may add lines at the same time
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    if is_new:
+        sync_directory(path.parent)
+
+
 def rename_durably(old: Path, new: Path) -> None:
     """Rename within one filesystem; on return the new name survives power loss."""
     old.rename(new)

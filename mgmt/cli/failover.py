@@ -6,15 +6,18 @@ from typing import TYPE_CHECKING
 
 import click
 
-from agent.contract.errors import ReplicaDiffers, RestoreIncomplete
+from agent.contract.errors import LandfallError, ReplicaDiffers, RestoreIncomplete
 from agent.contract.messages import to_document
+from agent.system.clock import wall_ns
 from mgmt.cli.place import Place, as_json_option, at_place, volume_argument, want, yes_option
 
 if TYPE_CHECKING:
     from mgmt.catalog import VolumeEntry
     from mgmt.failover.failback import Agreement
     from mgmt.failover.plan import Plan
+    from mgmt.failover.rehearsal import Rehearsal
     from mgmt.failover.rescue import RescuePlan
+    from mgmt.run import Site, Teller
 
 rows_option = click.option("--rows", type=click.IntRange(0), default=40, show_default=True, help="Files of each list, on a terminal.")
 
@@ -43,7 +46,7 @@ def failover(
     as_json: bool,
 ) -> None:
     """Let VOLUME's secondary take over: fence, recover, promote, address, exports. One that was broken off goes on where it stopped."""
-    from mgmt.failover import driver, rehearsal, view
+    from mgmt.failover import driver, view
     from mgmt.failover.plan import Wish
     from mgmt.terminal import Bars, say, show, show_json
 
@@ -51,7 +54,7 @@ def failover(
         raise click.UsageError("--planned needs a primary that lives: it goes neither with --declare-dead nor with --force")
     if rehearsed:
         with place.site() as site, Bars() as bars:
-            found = rehearsal.rehearse(site, volume, bars.tell)
+            found = _rehearsed(site, volume, bars.tell)
         show_json(view.rehearsal_document(found)) if as_json else say(f"{found.sentence}.")
         if not found.sound:
             raise ReplicaDiffers(
@@ -75,6 +78,23 @@ def failover(
         done = driver.failover(site, volume, wish, confirmed=confirm_fenced, decide=decide, tell=bars.tell)
     if done is not None:
         show_json(view.account_document(done)) if as_json else show(view.account_sheets(done))
+
+
+def _rehearsed(site: Site, volume: str, tell: Teller) -> Rehearsal:
+    """Rehearse, and keep what that proved or did not."""
+    from mgmt import proofs
+    from mgmt.failover.rehearsal import rehearse
+
+    begun_ns, folder = wall_ns(), site.inventory.state_dir
+    name = site.catalog.volume(volume).name
+    try:
+        found = rehearse(site, volume, tell)
+    except LandfallError as error:
+        proofs.keep(folder, proofs.Proof(begun_ns, proofs.REHEARSAL, name, "failed", False, None, None, "", str(error)))
+        raise
+    verdict = "sound" if found.sound else "unsound"
+    proofs.keep(folder, proofs.Proof(begun_ns, proofs.REHEARSAL, name, verdict, found.sound, found.behind_s, None, "", found.sentence))
+    return found
 
 
 @click.command()

@@ -14,14 +14,18 @@ def verdict(course: Course) -> Verdict:
     return Verdict.RESUMED if course.resumed else Verdict.FAILED
 
 
-def rpo_s(course: Course) -> float:
-    """Return how old the served content of recovered files is, in seconds before the loss; 0 where nothing was lost."""
-    return course.failover.lost.recovered if course.failover is not None else 0.0
+def rpo_s(course: Course) -> float | None:
+    """Return how old recovered files are, in seconds before the loss; 0 where nothing was lost, None if nobody measured."""
+    if course.failover is not None:
+        return course.failover.lost.recovered
+    return 0.0 if course.resumed else None
 
 
-def rto_s(course: Course) -> float:
-    """Return the seconds without a service; 0 where there was no failover."""
-    return course.failover.seconds.total if course.failover is not None else 0.0
+def rto_s(course: Course) -> float | None:
+    """Return the seconds without a service; 0 where there was no failover, None if nobody measured."""
+    if course.failover is not None:
+        return course.failover.seconds.total
+    return 0.0 if course.resumed else None
 
 
 def shortfalls(course: Course, expect: Expectation) -> tuple[str, ...]:
@@ -34,11 +38,11 @@ def shortfalls(course: Course, expect: Expectation) -> tuple[str, ...]:
         found.append(f"the verdict is {came_of_it}, not {expect.verdict}")
     if course.serves is not None and course.serves != (expect.serves,):
         found.append(f"{' and '.join(course.serves) or 'nobody'} serves, not {expect.serves} alone")
-    if rpo_s(course) > expect.rpo_s:
-        found.append(f"recovered files are {rpo_s(course):.1f} s old, at most {expect.rpo_s:g} s are allowed")
+    if (age_s := rpo_s(course) or 0.0) > expect.rpo_s:
+        found.append(f"recovered files are {age_s:.1f} s old, at most {expect.rpo_s:g} s are allowed")
     recovery_s = course.failover.seconds.recover if course.failover is not None else 0.0
-    if rto_s(course) - recovery_s > expect.rto_s:
-        found.append(f"{rto_s(course) - recovery_s:.1f} s without a service beside the recovery, at most {expect.rto_s:g} s are allowed")
+    if (away_s := (rto_s(course) or 0.0) - recovery_s) > expect.rto_s:
+        found.append(f"{away_s:.1f} s without a service beside the recovery, at most {expect.rto_s:g} s are allowed")
     if course.client is not None:
         if any(gap.seconds is None for gap in course.client.gaps):
             found.append("an SMB client lost its files and never got them back at the same address")

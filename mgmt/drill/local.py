@@ -24,7 +24,7 @@ from agent.contract.errors import DrillFailed, LandfallError
 from agent.system.clock import monotonic_s, wall_ns
 from agent.system.run import run
 from mgmt import run as operations
-from mgmt.drill import evidence, judgement, workload
+from mgmt.drill import evidence, workload
 from mgmt.drill.course import Course
 from mgmt.drill.disks import frozen_on, within_node
 from mgmt.drill.evidence import Evidence, Findings
@@ -108,7 +108,6 @@ class Drill:
                 self._do(step)
             self.course.client = onlooker.seen()
         self.course.serves = self._serving()
-        self.course.shortfalls = judgement.shortfalls(self.course, self.scenario.expect)
 
     def _do(self, step: Step) -> None:
         match step:

@@ -38,8 +38,8 @@ def document(options: Options, course: Course) -> dict[str, Any]:
         "killed_at": round(course.killed_at, 4),
         "resumed": course.resumed,
         "verdict": str(judgement.verdict(course)),
-        "rpo_s": round(judgement.rpo_s(course), 3),
-        "rto_s": round(judgement.rto_s(course), 3),
+        "rpo_s": _rounded(judgement.rpo_s(course)),
+        "rto_s": _rounded(judgement.rto_s(course)),
         "serves": course.serves,
         "client": _client_document(course.client),
         "shortfalls": list(course.shortfalls),
@@ -65,14 +65,18 @@ def document(options: Options, course: Course) -> dict[str, Any]:
     return report
 
 
+def _rounded(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds, 3)
+
+
 def _client_document(seen: Seen | None) -> dict[str, Any] | None:
     if seen is None:
         return None
-    lengths = [None if gap.seconds is None else round(gap.seconds, 3) for gap in seen.gaps]
+    lengths = [_rounded(gap.seconds) for gap in seen.gaps]
     return {"reads": seen.reads, "connections": seen.connections, "gaps_s": lengths}
 
 
-def sentence(options: Options, course: Course) -> str:
+def sentence(course: Course) -> str:
     """Return the drill's outcome in a few lines: what became of the files, what it cost, what a client saw, what is not as expected."""
     lines = [_files_line(course), _cost_line(course), _client_line(course.client)]
     lines += [f"NOT AS EXPECTED: {words}" for words in course.shortfalls]
