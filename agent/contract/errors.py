@@ -269,6 +269,12 @@ class NotListed(LandfallError):
     code, exit_code, retry, fix = "not-listed", 94, Retry.OPERATOR, "`landfall rescue VOLUME` lists what there is."
 
 
+class NotTogether(LandfallError):
+    """These volumes cannot be frozen together: they have not one primary, or some have a transfer under way that the others have not."""
+
+    code, exit_code, retry, fix = "not-together", 95, Retry.OPERATOR, "Name volumes of one primary, and let open transfers end first."
+
+
 class CheckFailed(LandfallError):
     """`landfall check` found something that would fail on the bad night; the list says what, and what to do about each."""
 

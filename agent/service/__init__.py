@@ -10,7 +10,7 @@ leases       lease; the watch over them
 growth       more room for a volume
 removal      the end of a volume
 peers        probe
-generations  take, drop, open, close
+generations  take, take together, drop, open, close
 restoring    restore, receive, send: single files
 verification examine, digests, owners
 sending      build, send (NAS 1)
@@ -74,6 +74,7 @@ HANDLERS: dict[type[Any], Callable[[Node, Any, ProgressCall], Any]] = {
     m.GrowVolume: growth.grow,
     m.RemoveVolume: removal.remove,
     m.TakeGeneration: generations.take,
+    m.TakeTogether: generations.take_together,
     m.DropGeneration: generations.drop,
     m.OpenGeneration: generations.open_generation,
     m.CloseGeneration: generations.close_generation,
@@ -120,6 +121,7 @@ class Service:
         self._node.watch = devices.watch(self._node)
         salvages.recover(self._node)
         self._lookout = addresses.Lookout(self._node)
+        self._lookout.begin()
         leases.LeaseWatch(self._node)
         if self._node.config.metrics_textfile:
             self._metrics = TextFile(self._node, Path(self._node.config.metrics_textfile))

@@ -28,7 +28,7 @@ every snapshot of the origin is first extended by what may come, or the merge wa
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -61,7 +61,7 @@ from agent.volume.cow_table import CowTable, cow_bytes, read_table, runs_of
 from agent.volume.lvm import LogicalVolume
 from agent.volume.lvm_held import Held
 from agent.volume.lvm_substrate import HIDDEN, LvmSubstrate, g0_tags, new_name, refuse_sectors
-from agent.volume.substrate import ChangedRuns, VolumeRecord, Workspace
+from agent.volume.substrate import ChangedRuns, Take, VolumeRecord, Workspace
 
 CHUNK_BYTES: Final = 4096
 """A block: so a COW device is exactly as large as what may change, and nothing beside a changed block is copied."""
@@ -164,14 +164,15 @@ class LvmSnapshotSubstrate(LvmSubstrate):
                 fix="Make a larger volume and copy the files, or keep it on lvm-thin.",
             )
 
-    def take(self, volume: UUID, mount_point: Path | None, facts: GenerationFacts) -> float:
-        """Make the operational volume's state under a freeze a generation; return the freeze in milliseconds.
+    def take_together(self, takes: Sequence[Take]) -> float:
+        """Make the state of operational volumes at one moment generations; return the freeze in milliseconds.
 
         Older generations get room for what may change until the next one, as far as there is any.
         """
-        milliseconds = super().take(volume, mount_point, facts)
+        milliseconds = super().take_together(takes)
         with self._locked():
-            self._widen(volume)
+            for take in takes:
+                self._widen(take.volume)
         return milliseconds
 
     def refuse_written(self, generation: GenerationId) -> None:

@@ -14,7 +14,7 @@ import fcntl
 import os
 import secrets
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +32,7 @@ from agent.volume.freeze import frozen, sync_mounted, thaw_if_frozen
 from agent.volume.lvm import LogicalVolume
 from agent.volume.lvm_held import Held
 from agent.volume.mounts import mount_on, mounts
-from agent.volume.substrate import Foreign, VolumeRecord, Workspace
+from agent.volume.substrate import Foreign, Take, VolumeRecord, Workspace
 
 HIDDEN: Final = ("--setactivationskip", "y", "--activate", "n")
 _LOCKS: Final = Path("/run/lock")
@@ -217,33 +217,41 @@ class LvmSubstrate(ABC):
         return self._held().generations_of(volume)
 
     def take(self, volume: UUID, mount_point: Path | None, facts: GenerationFacts) -> float:
-        """Make the operational volume's state under a freeze a generation; return the freeze in milliseconds.
+        """Take one generation."""
+        return self.take_together((Take(volume, mount_point, facts),))
 
-        Without a mount point the volume must not be in use (DeviceBusy). NotOurs if something else is mounted there. If we die here
-        the guard thaws, and the snapshot, which is unfinished, is swept.
+    def take_together(self, takes: Sequence[Take]) -> float:
+        """Make the state of operational volumes at one moment generations; return the freeze in milliseconds.
+
+        A volume without a mount point must not be in use (DeviceBusy). NotOurs if something else is mounted there. If we die here the
+        guards thaw, and a snapshot that is unfinished is swept.
         """
         with self._locked(), self._swept_on_failure():
             held = self._held()
-            operational = held.operational_of(volume)
-            held.refuse_taken(facts)
-            self._need_room(f"generation {facts.id.name}")
-            if mount_point is None:
-                mapper.refuse_in_use(operational.uuid, "the operational volume")
-                name, milliseconds = self._snapshot(operational, [tags.unfinished_tag(volume)], writable=False), 0.0
-            else:
-                _refuse_other_mount(mount_point, operational)
-                sync_mounted(mount_point)
+            operational = [held.operational_of(take.volume) for take in takes]
+            for take, volume in zip(takes, operational, strict=True):
+                held.refuse_taken(take.facts)
+                self._need_room(f"generation {take.facts.id.name}")
+                if take.mount_point is None:
+                    mapper.refuse_in_use(volume.uuid, "the operational volume")
+                else:
+                    _refuse_other_mount(take.mount_point, volume)
+                    sync_mounted(take.mount_point)
+            mounted = [take.mount_point for take in takes if take.mount_point is not None]
+            if mounted:
                 failpoint("substrate.take.before_freeze")
-                with frozen(mount_point) as freeze:
+            with frozen(*mounted) as freeze:
+                if mounted:
                     failpoint("substrate.take.frozen")
-                    name = self._snapshot(operational, [tags.unfinished_tag(volume)], writable=False)
-                milliseconds = freeze.milliseconds
-            failpoint("substrate.take.before_record")
-            taken = self._unfinished(name)
-            failpoint("substrate.take.before_rename")
-            lvm.retag(self.group, taken, drop=[tags.unfinished_tag(volume)], add=[tags.generation_tag(facts)])
+                unfinished = [tags.unfinished_tag(take.volume) for take in takes]
+                names = [self._snapshot(volume, [tag], writable=False) for volume, tag in zip(operational, unfinished, strict=True)]
+            for take, name, tag in zip(takes, names, unfinished, strict=True):
+                failpoint("substrate.take.before_record")
+                taken = self._unfinished(name)
+                failpoint("substrate.take.before_rename")
+                lvm.retag(self.group, taken, drop=[tag], add=[tags.generation_tag(take.facts)])
         failpoint("substrate.take.after")
-        return milliseconds
+        return freeze.milliseconds
 
     def drop(self, generation: GenerationId) -> None:
         """Give up a generation; NoSuchGeneration if it is not held, DeviceBusy while it is read, RequestRefused for g0."""

@@ -18,9 +18,10 @@ import errno
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 from uuid import UUID
@@ -48,7 +49,7 @@ from agent.volume.mounts import Mount, mount_on, mounts
 from agent.volume.pool import Pool, said_plainly
 from agent.volume.records import image_mtime_ns, read_record, write_record
 from agent.volume.snapshot import catch_up, clone_ahead
-from agent.volume.substrate import ChangedRuns, Foreign, VolumeRecord, Workspace, WorkspaceKind
+from agent.volume.substrate import ChangedRuns, Foreign, Take, VolumeRecord, Workspace, WorkspaceKind
 
 _ADOPTED = "adopted"
 """Where a volume's operational image came from, if it was one before."""
@@ -256,42 +257,56 @@ class ReflinkSubstrate:
         return tuple(sorted(found, key=lambda facts: (facts.id.epoch, facts.id.counter, facts.id.nonce)))
 
     def take(self, volume: UUID, mount_point: Path | None, facts: GenerationFacts) -> float:
-        """Make the operational volume's state under a freeze a generation; return the freeze in milliseconds.
+        """Take one generation."""
+        return self.take_together((Take(volume, mount_point, facts),))
 
-        Without a mount point the volume must not be in use (DeviceBusy). NotOurs if something else is mounted there. If we die here
-        the guard thaws, and the clone, which has no record yet, is swept.
+    def take_together(self, takes: Sequence[Take]) -> float:
+        """Make the state of operational volumes at one moment generations; return the freeze in milliseconds.
+
+        A volume without a mount point must not be in use (DeviceBusy). NotOurs if something else is mounted there. If we die here the
+        guards thaw, and a clone that has no record yet is swept.
         """
-        record = self._record(volume)
+        mounted = [take.mount_point for take in takes if take.mount_point is not None]
+        with said_plainly(f"taking generation {', '.join(take.facts.id.name for take in takes)}"), ExitStack() as clones:
+            begun = [clones.enter_context(self._taking(take)) for take in takes]
+            if mounted:
+                failpoint("substrate.take.before_freeze")
+            with frozen(*mounted) as freeze:
+                if mounted:
+                    failpoint("substrate.take.frozen")
+                for catch_up_now in begun:
+                    catch_up_now()
+            if mounted:
+                failpoint("substrate.take.after_thaw")
+        failpoint("substrate.take.after")
+        return freeze.milliseconds
+
+    @contextmanager
+    def _taking(self, take: Take) -> Iterator[Callable[[], object]]:
+        """Give what completes a clone of an operational image, to be called while that is held still; at the end it is a generation."""
+        record, facts = self._record(take.volume), take.facts
         self._refuse_taken(facts)
-        operational, image = self._folder(volume) / "operational.img", self._image(facts.id)
+        operational, image = self._folder(take.volume) / "operational.img", self._image(facts.id)
         self.pool.need_room(0, f"generation {facts.id.name}")
         new = image.with_name(f"{files.TEMPORARY_PREFIX}{image.name}")
-        with said_plainly(f"taking generation {facts.id.name}"), _removed_on_failure(new, image.with_suffix(".json")):
-            with _opened(self._operational_image(volume)) as source, _made(new) as clone:
-                if mount_point is None:
+        with _removed_on_failure(new, image.with_suffix(".json")):
+            with _opened(self._operational_image(take.volume)) as source, _made(new) as clone:
+                if take.mount_point is None:
                     lock(source, operational, exclusive=True)
-                    milliseconds = 0.0
                     os.fsync(source)
-                    block.clone(source, clone)
+                    yield partial(block.clone, source, clone)
                 else:
-                    _refuse_other_mount(mount_point, operational)
-                    sync_mounted(mount_point)
-                    with _opened(self._image(self.generations(volume)[-1].id)) as newest:
+                    _refuse_other_mount(take.mount_point, operational)
+                    sync_mounted(take.mount_point)
+                    with _opened(self._image(self.generations(take.volume)[-1].id)) as newest:
                         cloned = clone_ahead(source, clone, newest)
-                    failpoint("substrate.take.before_freeze")
-                    with frozen(mount_point) as freeze:
-                        failpoint("substrate.take.frozen")
-                        catch_up(source, clone, cloned)
-                    milliseconds = freeze.milliseconds
-                    failpoint("substrate.take.after_thaw")
+                    yield partial(catch_up, source, clone, cloned)
                 _refuse_size(clone, record, new)
                 os.fsync(clone)
             failpoint("substrate.take.before_record")
             write_record(image.with_suffix(".json"), facts, image_mtime_ns=new.stat().st_mtime_ns)
             failpoint("substrate.take.before_rename")
             files.rename_durably(new, image)
-        failpoint("substrate.take.after")
-        return milliseconds
 
     def drop(self, generation: GenerationId) -> None:
         """Give up a generation; NoSuchGeneration if it is not held, DeviceBusy while it is read. g0 stays."""

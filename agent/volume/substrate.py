@@ -6,6 +6,7 @@ everything is a block device. Reading devices are read-only for the kernel too, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import StrEnum
@@ -62,6 +63,15 @@ class Workspace:
     volume: UUID
     transfer: UUID
     kind: WorkspaceKind
+
+
+@dataclass(frozen=True, slots=True)
+class Take:
+    """A generation that is to be taken of a volume, mounted on ``mount_point`` or, where that is None, not at all."""
+
+    volume: UUID
+    mount_point: Path | None
+    facts: GenerationFacts
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,9 +137,13 @@ class Substrate(Protocol):
         """Return the generations whose records can be read, g0 included, oldest first: by epoch, then by counter."""
 
     def take(self, volume: UUID, mount_point: Path | None, facts: GenerationFacts) -> float:
-        """Make the operational volume's state under a freeze of ``mount_point`` a generation; return the freeze in milliseconds.
+        """Take one generation: ``take_together`` of one volume."""
 
-        None: the volume is not mounted. If we die here the filesystem is thawed by its guard, and a clone without its record is swept.
+    def take_together(self, takes: Sequence[Take]) -> float:
+        """Make the state of operational volumes at one moment generations, one of each; return the freeze in milliseconds.
+
+        All that are mounted are frozen before the first is cloned, and thawed after the last is. If we die here each is thawed by its
+        guard, and a clone without its record is swept. Records are made one by one after that: whoever asked counts those of one order.
         """
 
     def drop(self, generation: GenerationId) -> None:

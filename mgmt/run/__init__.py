@@ -6,8 +6,10 @@ volumes       add or adopt a volume, list, lay down its policy, serve it or stop
 notices       notifications fetched, stored, acknowledged
 retention     generations let go, and held
 replication   a generation, its differential, a transfer, resumed while both nodes live; discard
+together      generations of several volumes, of one moment
 removal       the end of a volume
 restoring     single files from a generation
+leases        who serves under one, and what a fence may go by
 standing      how a volume stands: both sides' facts, open transfers with their gauge
 preflight     everything that must be right before the bad night
 verification  both copies of a generation compared, and made equal
@@ -24,6 +26,7 @@ from mgmt.run.salvage import Salvage, newest_statement, undo, verdicts
 from mgmt.run.salvage import salvage as salvage_volume
 from mgmt.run.site import Site, Teller
 from mgmt.run.standing import NodeView, Standing, gauge_of, standing
+from mgmt.run.together import Together, prepare_together, replicate_together
 from mgmt.run.verification import Damage, Verified, verify
 from mgmt.run.volumes import add_volume, adopt_volume, grow_volume, list_volumes, move_address, serve, set_volume, unserve
 
@@ -38,6 +41,7 @@ __all__ = [
     "Site",
     "Standing",
     "Teller",
+    "Together",
     "Verified",
     "add_volume",
     "adopt_volume",
@@ -51,9 +55,11 @@ __all__ = [
     "newest_statement",
     "preflight",
     "prepare",
+    "prepare_together",
     "release_hold",
     "remove_volume",
     "replicate",
+    "replicate_together",
     "restore",
     "salvage_volume",
     "serve",

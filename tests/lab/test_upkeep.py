@@ -17,7 +17,7 @@ from typing import TypeVar
 import pytest
 
 from agent.contract import messages as m
-from agent.contract.errors import NoSuchGeneration, NotOurs, RequestRefused, VolumeExists
+from agent.contract.errors import NoSuchGeneration, NotOurs, NotTogether, RequestRefused, VolumeExists
 from agent.contract.identity import BLOCK_BYTES, FilesystemKind, GenerationId
 from agent.system.run import run as start_program
 from mgmt import run
@@ -344,6 +344,48 @@ def test_an_existing_filesystem_becomes_a_volume_without_a_copy(lab: Lab) -> Non
     listed = {entry.name: entry for entry in managed(lab, run.list_volumes)}
     assert (listed["existing"].size_bytes, listed["existing"].keep.last) == (64 << 20, 3)
     command(lab, "volume", "adopt", "existing", image, "--primary", "nas2", "--secondary", "nas1", "--yes", expect=VolumeExists.exit_code)
+
+
+def test_volumes_are_replicated_as_of_one_moment(lab: Lab) -> None:
+    roots = {name: made(lab, name) for name in ("first", "second")}
+    for name, root in roots.items():
+        write(lab, root, "file", name.encode() * 10_000)
+    order = ("replicate", "first", "second", "--together", "--json")
+    command(lab, "replicate", "first", "second", expect=2)
+    ready = json.loads(command(lab, *order, "--prepare"))
+    assert [member["volume"] for member in ready["members"]] == ["first", "second"]
+    assert ready["frozen_ms"] > 0
+
+    # One of them arrives by itself; the same order brings the other, of the same moment.
+    alone = replicated(lab, "first")
+    assert alone.name == managed(lab, lambda site: site.catalog.transfers(alone.volume))[0].target.name
+    rest = json.loads(command(lab, *order))
+    assert (rest["moment_ns"], rest["frozen_ms"]) == (ready["moment_ns"], 0)
+    assert [member["prepared"] is None for member in rest["members"]] == [True, False]
+    assert len(rest["replicated"]) == 1
+    assert [member["target"] for member in rest["members"]] == [member["target"] for member in ready["members"]]
+    again = json.loads(command(lab, *order))
+    assert again["moment_ns"] > ready["moment_ns"]
+    assert len(again["replicated"]) == 2
+    for name in roots:
+        assert json.loads(command(lab, "verify", name, "--json"))["clean"]
+        said = json.loads(command(lab, "history", name, "--kind", "together", "--json"))
+        assert "was frozen together with" in said[-1]["sentence"]
+
+    command(lab, "replicate", "first", "--prepare")
+    before = managed(lab, lambda site: [len(facts.generations) for facts in site.node(NAS1).ask(m.ListVolumes()).volumes])
+    command(lab, *order, expect=NotTogether.exit_code)
+    command(lab, "replicate", "first", "first", "--together", expect=NotTogether.exit_code)
+    command(lab, "replicate", "first", "--together", expect=NotTogether.exit_code)
+    managed(
+        lab,
+        lambda site: run.add_volume(site, "elsewhere", filesystem=FilesystemKind.EXT4, size_bytes=64 << 20, primary=NAS2, secondary=NAS1),
+    )
+    command(lab, "replicate", "second", "elsewhere", "--together", expect=NotTogether.exit_code)
+    after = managed(lab, lambda site: [len(facts.generations) for facts in site.node(NAS1).ask(m.ListVolumes()).volumes])
+    assert sorted(after) == sorted([*before, 1]), "what is refused takes nothing"
+    replicated(lab, "first")
+    command(lab, *order)
 
 
 FILES = """

@@ -38,6 +38,8 @@ from agent.contract.messages.generations import (
     RestoreFiles,
     TakeGeneration,
     Taken,
+    TakenTogether,
+    TakeTogether,
     newest,
 )
 from agent.contract.messages.node import (
@@ -193,7 +195,9 @@ __all__ = [
     "StopServing",
     "TakeAddress",
     "TakeGeneration",
+    "TakeTogether",
     "Taken",
+    "TakenTogether",
     "TlsMaterial",
     "TransferFacts",
     "TransferState",
@@ -229,6 +233,7 @@ VERBS: Final[dict[str, tuple[type[Any], type[Any]]]] = {
     "volume.unserve": (StopServing, VolumeFacts),
     "volume.demote": (DemoteVolume, Demoted),
     "generation.take": (TakeGeneration, Taken),
+    "generation.take_together": (TakeTogether, TakenTogether),
     "generation.drop": (DropGeneration, Done),
     "generation.open": (OpenGeneration, Opened),
     "generation.close": (CloseGeneration, Done),

@@ -33,6 +33,21 @@ class Taken:
 
 
 @dataclass(frozen=True, slots=True)
+class TakeTogether:
+    """generation.take_together: freeze several volumes, clone each, thaw them (NAS 1). What they hold is of one moment."""
+
+    volumes: tuple[UUID, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TakenTogether:
+    """Answer to generation.take_together: one of each volume, in the order of the request, all with the same ``taken_ns``."""
+
+    generations: tuple[GenerationFacts, ...]
+    frozen_ms: float  # from the first that was frozen to the last that was thawed
+
+
+@dataclass(frozen=True, slots=True)
 class DropGeneration:
     """generation.drop: the source side cannot ask this of NAS 2; only the management node can."""
 
