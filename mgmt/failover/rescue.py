@@ -30,6 +30,7 @@ BATCH_FILES: Final = 10_000
 """Files of one order: its line has to be shorter than a request may be, with paths of 1,000 bytes each."""
 
 LONGEST_NAME_BYTES: Final = 255
+LONGEST_SUFFIX_BYTES: Final = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +154,8 @@ def _plan(site: Site, entry: VolumeEntry, lists: Returned, paths: tuple[str, ...
         is_folder = any(found.path != wanted or found.kind == DIRECTORY for found in below)
         for found in there:
             if found.path not in placed:
-                placed[found.path] = m.PlacedFile(found.path, _place(found.path, wanted, is_folder, lists, destination), replace=False)
+                at = place_of(found.path, wanted, lists, destination, is_folder=is_folder)
+                placed[found.path] = m.PlacedFile(found.path, at, replace=False)
                 chosen.append(found)
     held = facts_of(site.node(lists.node), entry.id).generations
     if not any(facts.id == lists.kept and facts.kind is GenerationKind.KEPT for facts in held):
@@ -163,7 +165,7 @@ def _plan(site: Site, entry: VolumeEntry, lists: Returned, paths: tuple[str, ...
     return RescuePlan(entry.name, lists, server, tuple(placed.values()), conflicts, tuple(deleted))
 
 
-def _place(path: str, wanted: str, is_folder: bool, lists: Returned, destination: Destination) -> str:
+def place_of(path: str, wanted: str, lists: Returned, destination: Destination, *, is_folder: bool) -> str:
     """Return where a listed file goes that was asked for by ``wanted``, itself or a folder above it; empty: all."""
     if destination.in_place:
         return path
@@ -180,11 +182,12 @@ def _place(path: str, wanted: str, is_folder: bool, lists: Returned, destination
 def _labelled(name: str, label: str, *, is_folder: bool) -> str:
     """Return a name that says where a file is from and still ends as the original does, so that programs know what it is."""
     suffix = "" if is_folder else PurePosixPath(name).suffix
-    stem = os.fsencode(name.removesuffix(suffix) if suffix else name)
-    room = LONGEST_NAME_BYTES - len(os.fsencode(f".{label}{suffix}"))
-    if room < 1:
-        return f"{label}{suffix[: LONGEST_NAME_BYTES // 8]}"
-    return f"{os.fsdecode(stem[:room])}.{label}{suffix}"
+    if len(os.fsencode(suffix)) > LONGEST_SUFFIX_BYTES:
+        suffix = ""
+    stem = name.removesuffix(suffix) if suffix else name
+    while len(os.fsencode(f"{stem}.{label}{suffix}")) > LONGEST_NAME_BYTES:
+        stem = stem[:-1]
+    return f"{stem}.{label}{suffix}"
 
 
 def _carried(site: Site, plan: RescuePlan, files: tuple[m.PlacedFile, ...], tell: Teller) -> m.Restored:
