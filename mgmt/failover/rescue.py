@@ -116,7 +116,7 @@ def rescue(
     if not agree(plan):
         return None
     known = {found.path for found in plan.conflicts} if destination.in_place else set()
-    files = tuple(m.PlacedFile(found.path, found.at, replace or found.path in known) for found in plan.files)
+    files = tuple(m.PlacedFile(found.path, found.at, replace or found.replace or found.path in known) for found in plan.files)
     done = [_carried(site, plan, files[at : at + BATCH_FILES], tell) for at in range(0, len(files), BATCH_FILES)]
     rescued = Rescued(
         entry.name,
@@ -155,14 +155,17 @@ def _plan(site: Site, entry: VolumeEntry, lists: Returned, paths: tuple[str, ...
         for found in there:
             if found.path not in placed:
                 at = place_of(found.path, wanted, lists, destination, is_folder=is_folder)
-                placed[found.path] = m.PlacedFile(found.path, at, replace=False)
+                is_ours = found.kind == DIRECTORY and (not destination.in_place or found.here is Here.UNTOUCHED)
+                placed[found.path] = m.PlacedFile(found.path, at, replace=is_ours)
                 chosen.append(found)
     held = facts_of(site.node(lists.node), entry.id).generations
     if not any(facts.id == lists.kept and facts.kind is GenerationKind.KEPT for facts in held):
         raise NothingKept(f"{lists.node} does not hold {lists.kept.name} of volume {entry.name} any more")
     server = server_of(site, entry.id, (entry.primary, entry.secondary))
     conflicts = tuple(found for found in chosen if destination.in_place and found.here is Here.CHANGED and found.kind != DIRECTORY)
-    return RescuePlan(entry.name, lists, server, tuple(placed.values()), conflicts, tuple(deleted))
+    # Directories last, those above others after them: what is made in one changes its time.
+    chosen.sort(key=lambda found: (found.kind == DIRECTORY, -found.path.count("/") if found.kind == DIRECTORY else 0))
+    return RescuePlan(entry.name, lists, server, tuple(placed[found.path] for found in chosen), conflicts, tuple(deleted))
 
 
 def place_of(path: str, wanted: str, lists: Returned, destination: Destination, *, is_folder: bool) -> str:
