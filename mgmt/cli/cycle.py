@@ -165,28 +165,34 @@ def salvage(
 @as_json_option
 @at_place
 def statement(place: Place, volume: str, html: Path | None, rows: int, as_json: bool) -> None:
-    """Show the loss statement of VOLUME's last salvage again, also of a volume that was removed."""
+    """Show the loss statement of VOLUME's last salvage again, also of a volume that was removed; and what was done since, by whom."""
     from mgmt import run
+    from mgmt.terminal import Sheet, show
+    from mgmt.view import moment
 
     _refuse_page(html)
     with place.site() as site:
         found = run.newest_statement(site, volume)
+        deeds = run.done_since(site, found)
     _show_statement(found, rows=rows, as_json=as_json)
+    if deeds and not as_json:
+        show([Sheet(("done since", "", ""), tuple((moment(deed.at_ns), deed.kind, deed.sentence) for deed in deeds))], stderr=True)
     _write_page(found, html)
 
 
 @click.command()
 @volume_argument
 @click.option("--node", help="Which node; it has to be the primary.")
+@click.option("--without-peer", is_flag=True, help="The other node does not answer, and you know that it was not promoted meanwhile.")
 @as_json_option
 @at_place
-def serve(place: Place, volume: str, node: str | None, as_json: bool) -> None:
+def serve(place: Place, volume: str, node: str | None, without_peer: bool, as_json: bool) -> None:
     """Serve VOLUME from its primary, as after a reboot of it; `failover` is what makes the other node the primary."""
     from mgmt import run
     from mgmt.terminal import say, show_json
 
     with place.site() as site:
-        facts = run.serve(site, volume, node=node)
+        facts = run.serve(site, volume, node=node, without_peer=without_peer)
     show_json(to_document(facts)) if as_json else say(f"Volume {facts.name} is served at {facts.mount_point}.")
 
 

@@ -9,6 +9,7 @@ replication   a generation, its differential, a transfer, resumed while both nod
 together      generations of several volumes, of one moment
 removal       the end of a volume
 restoring     single files from a generation
+leases        who serves under one, and what a fence may go by
 standing      how a volume stands: both sides' facts, open transfers with their gauge
 preflight     everything that must be right before the bad night
 verification  both copies of a generation compared, and made equal
@@ -21,7 +22,7 @@ from mgmt.run.removal import remove_volume
 from mgmt.run.replication import Prepared, Replicated, discard, prepare, replicate
 from mgmt.run.restoring import restore
 from mgmt.run.retention import hold, release_hold
-from mgmt.run.salvage import Salvage, newest_statement, undo, verdicts
+from mgmt.run.salvage import Salvage, done_since, newest_statement, undo, verdicts
 from mgmt.run.salvage import salvage as salvage_volume
 from mgmt.run.site import Site, Teller
 from mgmt.run.standing import NodeView, Standing, gauge_of, standing
@@ -46,6 +47,7 @@ __all__ = [
     "adopt_volume",
     "collect",
     "discard",
+    "done_since",
     "gauge_of",
     "grow_volume",
     "hold",

@@ -39,12 +39,18 @@ class World:
             generations=lambda volume: (m.GenerationFacts(empty_generation(volume), GenerationKind.EMPTY, 0),),
         )
         samba = SimpleNamespace(export=self.export, withdraw=self.shared.discard)
+        mounts = SimpleNamespace(
+            mount=lambda _, mount_point, *__, **___: self.mounted.add(mount_point.name),
+            unmount=lambda mount_point: self.mounted.discard(mount_point.name),
+            device_of=lambda _: Path("/dev/null"),
+        )
         self.node = cast(
             Node,
             SimpleNamespace(
                 config=SimpleNamespace(node="nas1", lease_margin_s=10.0),
                 substrate=substrate,
                 samba=samba,
+                machine=SimpleNamespace(mounts=mounts),
                 job=self.job,
                 tenures=Tenures(folder / "tenure"),
                 keeper=SimpleNamespace(folder=folder / "tenure"),
@@ -76,9 +82,6 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
     monkeypatch.setattr(volumes, "kind_of", lambda _: None)
     monkeypatch.setattr(filesystem, "make", lambda *_: None)
     monkeypatch.setattr(filesystem, "refuse_unsupported", lambda *_: None)
-    monkeypatch.setattr(filesystem, "mount", lambda _, mount_point, *__, **___: made.mounted.add(mount_point.name))
-    monkeypatch.setattr(filesystem, "unmount", lambda mount_point: made.mounted.discard(mount_point.name))
-    monkeypatch.setattr(filesystem, "device_of", lambda _: Path("/dev/null"))
     return made
 
 
