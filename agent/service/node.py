@@ -19,7 +19,9 @@ from agent.service.outbox import Outbox
 from agent.service.term import Term
 from agent.serving import address as addresses
 from agent.serving.address import Interface
+from agent.serving.exports import Exports, Share
 from agent.serving.keeper import KeeperOrder
+from agent.serving.nfs import Nfs
 from agent.serving.samba import Samba
 from agent.serving.tenure import Tenures
 from agent.system.failpoint import failpoint
@@ -61,16 +63,20 @@ class Node:
         self.store = TransferStore(config.state_dir / "transfers")
         self.outbox = Outbox(config.state_dir / "outbox")
         self.tenures = Tenures(config.run_dir / "tenure")
-        self.samba = Samba(
+        samba = Samba(
             config.run_dir / "samba", config.replication_address, config.smb_port, config.smb_guest or config.lab, self._service_addresses
         )
+        nfs = Nfs(config.run_dir / "nfs", config.nfs_clients, config.nfs_security, config.nfs_squash)
+        self.exports = Exports((samba, nfs))
         self.keeper = KeeperOrder(
             str(config.run_dir / "tenure"),
             str(config.mount_dir),
-            str(self.samba.folder),
-            self.samba.address,
-            self.samba.port,
-            self.samba.guest,
+            str(samba.folder),
+            samba.address,
+            samba.port,
+            samba.guest,
+            str(nfs.folder),
+            nfs.clients,
             config.lease_margin_s,
         )
         self.address_lock = threading.Lock()
@@ -106,6 +112,10 @@ class Node:
     def mount_point(self, record: VolumeRecord) -> Path:
         """Return where a volume is mounted while this node serves it."""
         return self.config.mount_dir / record.name
+
+    def share(self, record: VolumeRecord) -> Share:
+        """Return what clients see of a volume."""
+        return Share(record.name, self.mount_point(record))
 
     def serving(self, record: VolumeRecord) -> bool:
         """Whether this node has the volume mounted for clients."""

@@ -25,6 +25,8 @@ from uuid import UUID
 from agent.contract.errors import DeviceBusy, LandfallError
 from agent.contract.messages import from_document, to_document
 from agent.serving import address as addresses
+from agent.serving.exports import Share
+from agent.serving.nfs import Nfs
 from agent.serving.samba import Samba
 from agent.serving.tenure import Tenure, Tenures, is_over
 from agent.serving.unwritable import make_unwritable
@@ -51,6 +53,8 @@ class KeeperOrder:
     samba_address: str
     samba_port: int
     samba_guest: bool
+    nfs: str
+    nfs_clients: tuple[str, ...]
     margin_s: float
 
     @property
@@ -145,8 +149,11 @@ def _end(order: KeeperOrder, tenures: Tenures, tenure: Tenure) -> str:
         with _going_on(done, "the address could not be given up"):
             addresses.remove(addresses.parse(tenure.address))
             done.append("address given up")
+    with _going_on(done, "the NFS export could not be ended"):  # only now that nobody can ask whether it is there
+        nfs = Nfs(Path(order.nfs), order.nfs_clients)
+        nfs.close(Share(tenure.name, Path(order.mounts) / tenure.name), limit_s=order.margin_s / 8)
     with _going_on(done, "the volume could not be made unwritable"):
-        done.append(make_unwritable(Path(order.mounts) / tenure.name, limit_s=order.margin_s / 4))
+        done.append(make_unwritable(Path(order.mounts) / tenure.name, limit_s=order.margin_s / 5))
     if others:
         with _going_on(done, "the other shares could not be exported again"):
             samba.export_all(others)
