@@ -166,12 +166,15 @@ class Nfs:
         if not self.wanted:
             return
         refuse_lacking()
-        if earlier := [name for path, name in _listed() if path == str(share.path) and name not in self.clients]:
+        names = [name for path, name in _listed() if path == str(share.path)]
+        if earlier := [name for name in names if name not in self.clients]:
             run(["exportfs", "-u", *(_argument(name, share.path) for name in earlier)])
         share.path.mkdir(mode=0o755, parents=True, exist_ok=True)
         wanted = [_argument(name, share.path) for name in self.clients]
         # Status 1 for a folder that cannot be exported, which is what lies below most mount points.
         run(["exportfs", "-o", self.options(volume), *wanted], ok=(0,) if is_mounted else (0, 1))
+        if is_mounted and names:  # the kernel asks once; what was not answered is on the queue for whoever answers next
+            self._stop_answering(monotonic_s() + START_LIMIT_S)
         if self._pid() is None:
             self._start_answering()
         if not _threads():
@@ -206,11 +209,16 @@ class Nfs:
         """End the threads, then who answers them: the other way round clients would be told that nothing is exported."""
         if _threads():
             _ends(["rpc.nfsd", "0"], until_s, "the kernel's NFS server did not end")
+        self._stop_answering(until_s)
+
+    def _stop_answering(self, until_s: float) -> None:
         pid = self._pid()
         if pid is not None:
             os.kill(pid, signal.SIGTERM)
             if not wait_until(lambda: self._pid() is None, until_s - monotonic_s()):
                 raise CommandFailed("rpc.mountd did not end", cause=f"process {pid}")
+            with suppress(ChildProcessError):  # an agent before us started it
+                os.waitpid(pid, os.WNOHANG)
         if self._pid_file.exists():
             remove_durably(self._pid_file)
 

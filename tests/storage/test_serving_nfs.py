@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import signal
 import subprocess
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from uuid import UUID, uuid4
@@ -20,6 +18,7 @@ from agent.serving.nfs import Nfs
 from agent.system.clock import monotonic_s, wait_until
 from agent.system.run import run
 from agent.volume import filesystem
+from tests.nfs_client import Held, mounted
 
 pytestmark = pytest.mark.nfs_server
 
@@ -72,16 +71,17 @@ def volumes(tmp_path: Path, nfs: Nfs) -> Iterator[Callable[[str], Volume]]:
             volume.unmount()
 
 
+def client_of(volume: Volume, folder: Path, **options: str) -> contextlib.AbstractContextManager[Path]:
+    return mounted("127.0.0.1", volume.share.path, folder / f"client-{volume.share.name}", **options)
+
+
 @contextlib.contextmanager
-def mounted(volume: Volume, folder: Path, *, server: str = "127.0.0.1", options: str = "hard") -> Iterator[Path]:
-    """Yield where a client has mounted it."""
-    point = folder / f"client-{volume.share.name}"
-    point.mkdir(exist_ok=True)
-    run(["mount", "-t", "nfs", "-o", f"vers=4.2,{options}", f"{server}:{volume.share.path}", str(point)], timeout_s=LIMIT_S)
+def held(path: Path) -> Iterator[Held]:
+    holder = Held(path)
     try:
-        yield point
+        yield holder
     finally:
-        run(["umount", "-f", "-l", str(point)], timeout_s=LIMIT_S)
+        holder.end()
 
 
 def test_clients_read_and_write_what_is_exported_and_root_is_nobody(nfs: Nfs, volumes: Callable[[str], Volume], tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_clients_read_and_write_what_is_exported_and_root_is_nobody(nfs: Nfs, vo
     assert nfs.is_open(media.share)
     assert nfs.problem((media.share,)) is None
     begun = monotonic_s()
-    with mounted(media, tmp_path) as client:
+    with client_of(media, tmp_path) as client:
         (client / "new").write_bytes(b"by a client")
         assert monotonic_s() - begun < 60, "it waited for a grace period"
         assert (media.share.path / "new").read_bytes() == b"by a client"
@@ -101,12 +101,11 @@ def test_clients_read_and_write_what_is_exported_and_root_is_nobody(nfs: Nfs, vo
             (client / "secret").read_bytes()
 
 
-def test_who_is_not_named_mounts_nothing(nfs: Nfs, volumes: Callable[[str], Volume], tmp_path: Path) -> None:
+def test_J10_who_is_not_named_mounts_nothing(nfs: Nfs, volumes: Callable[[str], Volume], tmp_path: Path) -> None:
     media = volumes("media")
     Nfs(nfs.folder, ("127.0.0.0/8", "198.51.100.0/24", "2001:db8::/32")).open(media.share, media.id)
     assert len(serving.listed(serving.ETAB.read_text())) == 3
-    nfs = Nfs(nfs.folder, ("198.51.100.0/24",))
-    nfs.open(media.share, media.id)
+    Nfs(nfs.folder, ("198.51.100.0/24",)).open(media.share, media.id)
     assert [name for _, name in serving.listed(serving.ETAB.read_text())] == ["198.51.100.0/24"], "of an earlier configuration"
     argv = ["mount", "-t", "nfs", "-o", "vers=4.2,soft,timeo=20,retrans=1,retry=0", f"127.0.0.1:{media.share.path}", str(tmp_path)]
     assert subprocess.run(argv, check=False, timeout=LIMIT_S).returncode != 0
@@ -117,86 +116,50 @@ def test_I14_open_files_and_locks_of_clients_keep_no_volume(nfs: Nfs, volumes: C
     for volume in (media, other):
         nfs.open(volume.share, volume.id)
     with contextlib.ExitStack() as stack:
-        client, beside = (stack.enter_context(mounted(volume, tmp_path)) for volume in (media, other))
-        held = stack.enter_context(open(client / "held", "wb", buffering=0))
-        locked = stack.enter_context(open(client / 'x", superblock: "00:00:1', "wb", buffering=0))
-        left = stack.enter_context(open(beside / "left", "wb", buffering=0))
-        held.write(b"before ")
-        fcntl.lockf(locked, fcntl.LOCK_EX)
-        left.write(b"before ")
+        client, beside = (stack.enter_context(client_of(volume, tmp_path)) for volume in (media, other))
+        gone = stack.enter_context(held(client / "gone"))
+        locked = stack.enter_context(held(client / 'x", superblock: "00:00:1'))
+        left = stack.enter_context(held(beside / "left"))
+        assert [one.ask(words) for one, words in ((gone, "write 1"), (locked, "lock"), (left, "write before"))] == ["ok"] * 3
 
         begun = monotonic_s()
         nfs.close(media.share)
         media.unmount()
         assert monotonic_s() - begun < BOUND_S
-        assert not nfs.is_open(media.share)
-        assert nfs.is_open(other.share)
-        left.write(b"meanwhile")
-        os.fsync(left.fileno())
-        assert (other.share.path / "left").read_bytes() == b"before meanwhile"
+        assert (nfs.is_open(media.share), nfs.is_open(other.share)) == (False, True)
+        assert left.ask("append , meanwhile") == "ok"
+        assert (other.share.path / "left").read_bytes() == b"before, meanwhile"
+        assert gone.ask("write 2") in {"ESTALE", "EIO", "EBADF"}, "a server that has it no more says so"
 
         begun = monotonic_s()
         nfs.close(other.share)
         other.unmount()
         assert monotonic_s() - begun < BOUND_S
         assert (serving.NFSD / "threads").read_text() == "0\n", "the last export ends the server"
-
-        # The same server again: a client that was not told anything goes on.
+        left.tell("append , after")
+        assert left.answer(3.0) == "", "who hears nothing waits"
         other.mount()
         nfs.open(other.share, other.id)
-        left.write(b" after")
-        os.fsync(left.fileno())
-        assert (other.share.path / "left").read_bytes() == b"before meanwhile after"
-        media.mount()
-        nfs.open(media.share, media.id)
+        assert left.answer(LIMIT_S) == "ok"
+        assert (other.share.path / "left").read_bytes() == b"before, meanwhile, after"
 
 
 def test_I14_clients_wait_for_a_volume_that_is_not_mounted_yet(nfs: Nfs, volumes: Callable[[str], Volume], tmp_path: Path) -> None:
     media, other = volumes("media"), volumes("other")
     for volume in (media, other):
         nfs.open(volume.share, volume.id)
-    with mounted(media, tmp_path) as client:
-        (client / "file").write_bytes(b"1")
-        file_fd = os.open(client / "file", os.O_RDWR)
+    with client_of(media, tmp_path) as client, held(client / "file") as holder:
+        assert holder.ask("write 1") == "ok"
         nfs.close(media.share)
         media.unmount()
         nfs.prepare(media.share, media.id)
-        said: list[object] = []
-
-        def write() -> None:
-            try:
-                os.pwrite(file_fd, b"2", 0)
-                os.fsync(file_fd)
-                said.append("written")
-            except OSError as error:
-                said.append(error)
-
-        writing = threading.Thread(target=write)
-        writing.start()
-        assert not wait_until(lambda: bool(said), 5.0), said
+        holder.tell("write 2")
+        assert holder.answer(5.0) == ""
         assert list(media.share.path.iterdir()) == []
         media.mount()
         nfs.open(media.share, media.id)
-        writing.join(LIMIT_S)
-        os.close(file_fd)
-        assert said == ["written"]
+        assert holder.answer(LIMIT_S) == "ok"
         assert (media.share.path / "file").read_bytes() == b"2"
-
-
-def test_what_is_given_up_takes_no_write(nfs: Nfs, volumes: Callable[[str], Volume], tmp_path: Path) -> None:
-    media, other = volumes("media"), volumes("other")
-    for volume in (media, other):
-        nfs.open(volume.share, volume.id)
-    with mounted(media, tmp_path, options="soft,timeo=20,retrans=1") as client:
-        file_fd = os.open(client / "file", os.O_RDWR | os.O_CREAT)
-        nfs.close(media.share)
-        with contextlib.suppress(OSError):  # the kernel takes it into its memory first
-            os.pwrite(file_fd, b"late", 0)
-        with pytest.raises(OSError, match=r"Stale|Input/output|denied"):
-            os.fsync(file_fd)
-        with contextlib.suppress(OSError):
-            os.close(file_fd)
-    assert (media.share.path / "file").read_bytes() == b""
 
 
 def test_a_new_agent_finds_the_server_of_the_old_one(nfs: Nfs, volumes: Callable[[str], Volume], tmp_path: Path) -> None:
@@ -204,14 +167,13 @@ def test_a_new_agent_finds_the_server_of_the_old_one(nfs: Nfs, volumes: Callable
     nfs.open(media.share, media.id)
     heir = Nfs(nfs.folder, nfs.clients)
     assert heir.is_open(media.share)
-    pid = int((nfs.folder / "mountd.pid").read_text())
     heir.open(media.share, media.id)
-    assert int((nfs.folder / "mountd.pid").read_text()) == pid
-    os.kill(pid, signal.SIGKILL)
+    assert len(run(["pgrep", "-x", "rpc.mountd"]).text.split()) == 1
+    os.kill(int((nfs.folder / "mountd.pid").read_text()), signal.SIGKILL)
     assert wait_until(lambda: not heir.is_open(media.share), LIMIT_S)
     problem = heir.problem((media.share,))
     assert problem
     assert "landfall serve media" in problem.fix_now
     heir.open(media.share, media.id)
-    with mounted(media, tmp_path) as client:
+    with client_of(media, tmp_path) as client:
         (client / "file").write_bytes(b"1")

@@ -1,0 +1,163 @@
+"""NFS clients of a volume that changes sides: what they hold goes on, waits, or is answered. The kernel's server and client, in a guest."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from agent.contract import messages as m
+from agent.system.clock import monotonic_s, wait_until
+from agent.system.run import run as start_program
+from mgmt.failover.plan import FailoverKind, Wish
+from mgmt.lab import control, lifecycle
+from mgmt.lab.layout import Lab, NodeName
+from mgmt.lab.namespace import within
+from tests.lab.test_failover import Scene
+from tests.nfs_client import Held, mounted
+
+pytestmark = pytest.mark.nfs_server
+
+MGMT, NAS1, NAS2 = NodeName
+LIMIT_S = 180.0
+BOUND_S = 60.0
+UNTOUCHED = {f"old{index}": (index, 20_000) for index in range(6)}
+
+log = logging.getLogger(__name__)
+
+
+@pytest.fixture(scope="module")
+def lab() -> Iterator[Lab]:
+    """Yield a lab whose nodes export by NFS too."""
+    with tempfile.TemporaryDirectory(prefix="landfall-nfs-", dir="/var/tmp") as folder:
+        made = Lab.at(Path(folder) / "lab")
+        try:
+            lifecycle.up(made, pool_size_bytes=1 << 30)
+            configuration = made.node(MGMT) / "etc" / "landfall.toml"
+            configuration.write_text("silence_limit_s = 2.0\n" + configuration.read_text())
+            for node in (NAS1, NAS2):
+                with open(made.node(node) / "etc" / "agent.toml", "a", encoding="utf-8") as settings:
+                    settings.write('nfs_clients = ["10.77.0.0/24"]\nnfs_squash = "none"\n')
+                control.kill_service(made, node, "agent")
+                control.start_service(made, node, "agent")
+            yield made
+        finally:
+            lifecycle.down(made)
+
+
+class Client:
+    """A machine with the volume mounted, in the management node's network."""
+
+    def __init__(self, scene: Scene, point: Path) -> None:
+        self._scene, self.point = scene, point
+
+    def hold(self, name: str) -> Held:
+        return Held(self.point / name)
+
+
+@contextmanager
+def client_of(scene: Scene, folder: Path) -> Iterator[Client]:
+    namespace = scene.lab.namespace(MGMT)
+    context = mounted(scene.address, Path("/run/landfall/node/srv") / scene.name, folder / "client")
+    point = within(namespace, context.__enter__)
+    try:
+        yield Client(scene, point)
+    finally:
+        within(namespace, lambda: context.__exit__(None, None, None))
+
+
+def scene_of(lab: Lab, name: str, number: int) -> Scene:
+    for node in (NAS1, NAS2):
+        lifecycle.start_node(lab, node)
+    made = Scene(lab, name, f"10.77.0.{number}")
+    made.add()
+    made.write(NAS1, UNTOUCHED)
+    return made
+
+
+def test_I14_what_clients_hold_goes_on_at_the_other_node(lab: Lab, tmp_path: Path) -> None:
+    scene = scene_of(lab, "planned", 120)
+    assert scene.facts(NAS1).exports == ("SMB", "NFS")
+    with client_of(scene, tmp_path) as client:
+        held = client.hold("held")
+        try:
+            assert held.ask("write 1") == "ok"
+            inode = held.ask("inode")
+
+            begun = monotonic_s()
+            done = scene.fail_over(Wish(planned=True))
+            assert held.ask("append 2") == "ok"
+            gap_s = monotonic_s() - begun
+            assert done.kind is FailoverKind.PLANNED
+            assert (held.ask("inode"), held.ask("read")) == (inode, "ok 12")
+            assert scene.smb("held") == b"12", "the client writes to the new primary"
+            assert (client.point / "old1").stat().st_size == 20_000
+            (client.point / "new").write_bytes(b"by the mount of old")
+            assert scene.smb("new") == b"by the mount of old"
+            log.info("planned: the client's write was answered %.1f s after the hand-over began", gap_s)
+
+            # Nobody replicates what follows, and nas2's plug is pulled: back to what nas1 holds.
+            assert scene.facts(NAS1).exports == ()
+            scene.replicate()
+            late = client.hold("late")
+            assert [late.ask("write 3"), held.ask("append 3")] == ["ok", "ok"]
+            lifecycle.kill(lab, NAS2)
+            held.tell("append 4")
+            begun = monotonic_s()
+            done = scene.fail_over()
+            assert done.kind is FailoverKind.UNPLANNED
+            assert held.answer(LIMIT_S) == "ok"
+            log.info("unplanned: the client's write was answered %.1f s after the failover began", monotonic_s() - begun)
+            assert held.ask("inode") == inode
+            assert scene.smb("held").startswith(b"12"), "what was replicated is there"
+            assert late.ask("append 5") in {"ESTALE", "EIO", "EBADF"}, "what was lost says so"
+            assert not (client.point / "late").exists()
+            (client.point / "late").write_bytes(b"again")
+            assert scene.smb("late") == b"again"
+            late.end()
+        finally:
+            held.end()
+
+
+def test_I14_I1_after_a_demotion_no_write_of_a_client_arrives(lab: Lab, tmp_path: Path) -> None:
+    scene = scene_of(lab, "demoted", 121)
+    scene.replicate()
+    with client_of(scene, tmp_path) as client:
+        held = client.hold("held")
+        try:
+            assert held.ask("write 1") == "ok"
+            begun = monotonic_s()
+            facts = scene.at_site(lambda site: site.node(NAS1).ask(m.StopServing(scene.facts(NAS1).id)))
+            log.info("unserve with an open file: %.1f s", monotonic_s() - begun)
+            assert not facts.serving
+            held.tell("append 2")
+            assert held.answer(3.0) == ""
+            scene.at_site(lambda site: site.node(NAS1).ask(m.DemoteVolume(facts.id, facts.epoch + 1)))
+            assert held.answer(3.0) == "", "nobody has the address"
+            listing = start_program(lifecycle.inside(lab, NAS1, ["cat", "/var/lib/nfs/etab"])).text
+            assert scene.name not in listing
+        finally:
+            held.end()
+
+
+def test_C11_I14_a_lease_that_ends_ends_nfs_too_whatever_became_of_the_agent(lab: Lab, tmp_path: Path) -> None:
+    scene = scene_of(lab, "leased", 122)
+    scene.replicate()
+    with client_of(scene, tmp_path) as client:
+        held = client.hold("held")
+        try:
+            assert held.ask("write 1") == "ok"
+            facts = scene.facts(NAS1)
+            scene.at_site(lambda site: site.node(NAS1).ask(m.RenewLease(facts.id, facts.epoch, 8.0)))
+            control.kill_service(lab, NAS1, "agent")
+            mount_point = lifecycle.inside(lab, NAS1, ["findmnt", "-n", "-o", "OPTIONS", f"/run/landfall/node/srv/{scene.name}"])
+            assert wait_until(lambda: "rw" not in start_program(mount_point, ok=(0, 1)).text.split(","), LIMIT_S, every_s=0.2)
+            held.tell("append 2")
+            assert held.answer(3.0) == ""
+        finally:
+            held.end()
+            control.start_service(lab, NAS1, "agent")
