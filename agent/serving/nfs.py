@@ -44,9 +44,12 @@ RPC: Final = Path("/proc/net/rpc")
 PACKAGE: Final = "nfs-kernel-server"
 PROGRAMS: Final = ("exportfs", "rpc.mountd", "rpc.nfsd")
 THREADS: Final = 8
+GRACE_S: Final = 10
+"""The shortest that the kernel takes."""
 START_LIMIT_S: Final = 60.0
 CLOSE_LIMIT_S: Final = 60.0
 
+_VERSIONS: Final = ("--no-nfs-version", "3", "--no-nfs-version", "4.0")
 _FLUSHED_S: Final = 1.1
 _KEPT: Final = "the kernel keeps an export"
 _SUPERBLOCK: Final = re.compile(r'^- \S+: \{[^"]*superblock: "([0-9a-f]+):([0-9a-f]+):', re.MULTILINE)
@@ -166,6 +169,8 @@ class Nfs:
         if not self.wanted:
             return
         refuse_lacking()
+        ETAB.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        ETAB.touch(mode=0o644)  # exportfs does not begin one
         names = [name for path, name in _listed() if path == str(share.path)]
         if earlier := [name for name in names if name not in self.clients]:
             run(["exportfs", "-u", *(_argument(name, share.path) for name in earlier)])
@@ -178,8 +183,9 @@ class Nfs:
         if self._pid() is None:
             self._start_answering()
         if not _threads():
-            run(["rpc.nfsd", "--no-nfs-version", "3", "--no-nfs-version", "4.0", str(THREADS)], timeout_s=START_LIMIT_S)
-            (NFSD / "v4_end_grace").write_bytes(b"Y\n")
+            run(["rpc.nfsd", *_VERSIONS, "--grace-time", str(GRACE_S), str(THREADS)], timeout_s=START_LIMIT_S)
+            with suppress(OSError):  # a kernel that keeps no record of clients, as in a container, waits so long
+                (NFSD / "v4_end_grace").write_bytes(b"Y\n")
         if not _threads():
             raise CommandFailed("the kernel's NFS server did not start", fix=f"See the kernel's log; is TCP port {PORT} free?")
 

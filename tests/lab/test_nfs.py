@@ -83,9 +83,9 @@ def test_I14_what_clients_hold_goes_on_at_the_other_node(lab: Lab, tmp_path: Pat
     scene = scene_of(lab, "planned", 120)
     assert scene.facts(NAS1).exports == ("SMB", "NFS")
     with client_of(scene, tmp_path) as client:
-        held = client.hold("held")
+        held, locked = client.hold("held"), client.hold("locked")
         try:
-            assert held.ask("write 1") == "ok"
+            assert [held.ask("write 1"), locked.ask("write 1"), locked.ask("lock")] == ["ok"] * 3
             inode = held.ask("inode")
 
             begun = monotonic_s()
@@ -94,6 +94,7 @@ def test_I14_what_clients_hold_goes_on_at_the_other_node(lab: Lab, tmp_path: Pat
             gap_s = monotonic_s() - begun
             assert done.kind is FailoverKind.PLANNED
             assert (held.ask("inode"), held.ask("read")) == (inode, "ok 12")
+            assert locked.ask("append 2") == "EIO", "whoever held a lock is told that it is lost"
             assert scene.smb("held") == b"12", "the client writes to the new primary"
             assert (client.point / "old1").stat().st_size == 20_000
             (client.point / "new").write_bytes(b"by the mount of old")
@@ -121,6 +122,7 @@ def test_I14_what_clients_hold_goes_on_at_the_other_node(lab: Lab, tmp_path: Pat
             late.end()
         finally:
             held.end()
+            locked.end()
 
 
 def test_I14_I1_after_a_demotion_no_write_of_a_client_arrives(lab: Lab, tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ def test_the_programs_get_lists_of_words(tmp_path: Path, monkeypatch: pytest.Mon
     assert ran == [
         ["exportfs", "-u", f"203.0.113.0/24:{tmp_path}/media"],
         ["exportfs", "-o", made.options(VOLUME), f"192.0.2.0/24:{tmp_path}/media", f"[2001:db8::]/32:{tmp_path}/media"],
-        ["rpc.nfsd", "--no-nfs-version", "3", "--no-nfs-version", "4.0", "8"],
+        ["rpc.nfsd", "--no-nfs-version", "3", "--no-nfs-version", "4.0", "--grace-time", "10", "8"],
     ]
     assert (tmp_path / "v4_end_grace").read_bytes() == b"Y\n"
 
