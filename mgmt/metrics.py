@@ -7,6 +7,7 @@ The time of the last success comes first: an alert on its age needs nothing else
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Final
 
 from prometheus_client import CollectorRegistry, generate_latest, start_http_server
@@ -14,6 +15,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from agent.contract import messages as m
+from mgmt import proofs
 from mgmt.run import NodeView
 from mgmt.watch.cycle import Observed, Watch
 from mgmt.watch.decision import Act
@@ -24,8 +26,9 @@ _SECOND_NS: Final = 1e9
 class Exposition(Collector):
     """The metrics of one watch; nothing is asked of the agents when Prometheus comes."""
 
-    def __init__(self, watch: Watch) -> None:
-        self._watch = watch
+    def __init__(self, watch: Watch, folder: Path) -> None:
+        """``folder`` is the management node's state, where the proofs that recovery works are kept."""
+        self._watch, self._folder = watch, folder
 
     def collect(self) -> Iterable[Metric]:
         """Yield every metric with a sample for each volume, node and error."""
@@ -34,6 +37,7 @@ class Exposition(Collector):
         yield from _of_nodes(observed)
         yield from _of_transfers(observed)
         yield from self._since_the_beginning()
+        yield from _of_drills(proofs.kept(self._folder))
 
     def _since_the_beginning(self) -> Iterator[Metric]:
         replications = CounterMetricFamily("landfall_replications", "Replications that were committed.", labels=["volume"])
@@ -49,17 +53,17 @@ class Exposition(Collector):
         yield from (replications, sent, repeated, failures)
 
 
-def serve(watch: Watch, address: str, port: int) -> None:
+def serve(watch: Watch, folder: Path, address: str, port: int) -> None:
     """Serve the metrics over HTTP from now on, in a thread of their own. OSError if the address is not ours or taken."""
     registry = CollectorRegistry()
-    registry.register(Exposition(watch))
+    registry.register(Exposition(watch, folder))
     start_http_server(port, address, registry)
 
 
-def text(watch: Watch) -> str:
+def text(watch: Watch, folder: Path) -> str:
     """Return the metrics as Prometheus reads them."""
     registry = CollectorRegistry()
-    registry.register(Exposition(watch))
+    registry.register(Exposition(watch, folder))
     return generate_latest(registry).decode()
 
 
@@ -122,6 +126,22 @@ def _of_transfers(observed: list[tuple[str, Observed]]) -> Iterator[Metric]:
             recoverable.add_metric([volume], gauge.files_whole)
             changed.add_metric([volume], gauge.files_total)
     yield from (lag, recoverable, changed)
+
+
+def _of_drills(drilled: list[proofs.Proof]) -> Iterator[Metric]:
+    """Yield what drills and rehearsals ended in; nothing of what was never held."""
+    labels = ["scenario", "volume"]
+    success = GaugeMetricFamily(
+        "landfall_drill_last_success_timestamp_seconds",
+        "When a drill or rehearsal proved last that recovery works; 0: never.",
+        labels=labels,
+    )
+    passed = GaugeMetricFamily("landfall_drill_passed", "Whether the newest one did.", labels=labels)
+    for (scenario, volume), newest in sorted(proofs.newest(drilled).items()):
+        successes = [one.at_ns for one in drilled if one.passed and (one.scenario, one.volume) == (scenario, volume)]
+        success.add_metric([scenario, volume], max(successes, default=0) / _SECOND_NS)
+        passed.add_metric([scenario, volume], newest.passed)
+    yield from (success, passed)
 
 
 def _views(seen: Observed) -> tuple[NodeView, NodeView]:

@@ -14,7 +14,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, NoReturn
 
+import numpy as np
+from numpy.typing import NDArray
+
 from agent.blockio.buffers import aligned
+from agent.blockio.queues import Queues
 from agent.contract.errors import DeviceBusy, DeviceFailed
 from agent.contract.identity import BLOCK_BYTES
 from agent.system.blockdev import logical_sector_bytes, punch, read_only
@@ -33,6 +37,7 @@ class Device:
         self.writable = writable
         self._fd = fd
         self._lost: DeviceFailed | None = None
+        self._queues = Queues()
         try:
             self.size_bytes = os.lseek(fd, 0, os.SEEK_END)
             self.sector_bytes = logical_sector_bytes(fd)
@@ -113,6 +118,34 @@ class Device:
             last = buffers[-1]
             last[len(last) - (length - there) :] = bytes(length - there)
 
+    def read_scattered(self, first: NDArray[np.int64], blocks: NDArray[np.int64], buffer: memoryview) -> bool:
+        """Fill an aligned buffer with runs of blocks, one after another in the order given, many of them at once by asynchronous reads.
+
+        False (nothing done) where the kernel refuses those. DeviceFailed as ``read_into``, for the first run that cannot be read.
+        """
+        self._trusted()
+        for row in np.flatnonzero((first < 0) | (blocks < 0) | (first > self.size_blocks - blocks)).tolist():
+            self._inside(int(first[row]), int(blocks[row]) * BLOCK_BYTES)
+        queue = self._queues.take()
+        if queue is None:
+            return False
+        try:
+            ends = np.cumsum(blocks)
+            # Runs that follow each other on the device are one read: they do so in the buffer anyway.
+            heads = np.flatnonzero(np.append(True, first[1:] != first[:-1] + blocks[:-1]))
+            place = (ends - blocks)[heads]
+            count = np.diff(np.append(place, ends[-1]))
+            start = first[heads]
+            memory = np.uint64(np.frombuffer(buffer, dtype=np.uint8).ctypes.data)
+            results = queue.read(self._fd, memory + (place * BLOCK_BYTES).astype(np.uint64), start * BLOCK_BYTES, count * BLOCK_BYTES)
+        finally:
+            self._queues.give(queue)
+        for row in np.flatnonzero(results != count * BLOCK_BYTES).tolist():
+            # An error, or the end of the device: the plain way knows what to make of it.
+            at = int(place[row]) * BLOCK_BYTES
+            self.read_into(int(start[row]), [buffer[at : at + int(count[row]) * BLOCK_BYTES]])
+        return True
+
     def write(self, first_block: int, data: memoryview | bytes | bytearray) -> None:
         """Write whole blocks of ``data`` from ``first_block``; durable after the next ``sync``.
 
@@ -168,6 +201,7 @@ class Device:
     def close(self) -> None:
         """Close the device; durable is only what was synced."""
         if self._fd >= 0:
+            self._queues.close()
             os.close(self._fd)
             self._fd = -1
 

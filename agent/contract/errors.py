@@ -257,6 +257,24 @@ class RestoreIncomplete(LandfallError):
     code, exit_code, retry, fix = "restore-incomplete", 92, Retry.OPERATOR, "Mend what stands beside each file, and restore those again."
 
 
+class NothingKept(LandfallError):
+    """Nothing is kept of a node that was overtaken, or not any more: it was not resynchronised yet, or held nothing of its own."""
+
+    code, exit_code, retry, fix = "nothing-kept", 93, Retry.OPERATOR, "`landfall resync` keeps and lists what a node that returned holds."
+
+
+class NotListed(LandfallError):
+    """The list of what a node that returned still holds does not name this file, so there is nothing to bring."""
+
+    code, exit_code, retry, fix = "not-listed", 94, Retry.OPERATOR, "`landfall rescue VOLUME` lists what there is."
+
+
+class NotTogether(LandfallError):
+    """These volumes cannot be frozen together: they have not one primary, or some have a transfer under way that the others have not."""
+
+    code, exit_code, retry, fix = "not-together", 95, Retry.OPERATOR, "Name volumes of one primary, and let open transfers end first."
+
+
 class CheckFailed(LandfallError):
     """`landfall check` found something that would fail on the bad night; the list says what, and what to do about each."""
 

@@ -18,6 +18,15 @@ Data flows from source to target in this order::
     COMMITTED     it is                                                             <-
 
 HEARTBEAT goes both ways at any time, ERROR is the last thing a side says.
+
+Single files (section 6) go the same way, on one stream, after a HELLO that names the order instead of a DMI::
+
+    ITEM          a directory or an inode, by its number in the order               ->
+    CONTENT       a part of its content                                             ->
+    WHOLE         it is complete                                                    ->
+    REFUSAL       a file that cannot be had, or was not taken                       both
+    FINISH        that was all                                                      ->
+    RESTORED      what came of it                                                   <-
 """
 
 from __future__ import annotations
@@ -45,6 +54,8 @@ MAX_RAW_BYTES: Final = 4 << 20
 MAX_BATCH_ROWS: Final = 1 << 14
 MAX_WINDOW_BYTES: Final = 8 << 20
 CHUNK_BYTES: Final = 1 << 20
+MAX_ITEM_BYTES: Final = 1 << 20
+"""Of an inode's attributes, which are mostly its extended ones."""
 
 _HEAD: Final = struct.Struct("<4sBBHIQ")  # magic, type, flags, zero, bytes of the payload, digest of (what is before, payload)
 _BATCH: Final = struct.Struct("<II")  # rows, bytes of the data before compression
@@ -72,6 +83,11 @@ class FrameType(IntEnum):
     FINISH = 10
     COMMITTED = 11
     ERROR = 12
+    ITEM = 13
+    CONTENT = 14
+    WHOLE = 15
+    REFUSAL = 16
+    RESTORED = 17
 
 
 class Part(IntFlag):
@@ -95,6 +111,11 @@ _BOUNDS: Final = {
     FrameType.FINISH: (0, 0),
     FrameType.COMMITTED: (0, 0),
     FrameType.ERROR: (2, _JSON_BYTES),
+    FrameType.ITEM: (2, MAX_ITEM_BYTES),
+    FrameType.CONTENT: (9, 8 + CHUNK_BYTES),
+    FrameType.WHOLE: (0, 0),
+    FrameType.REFUSAL: (2, _JSON_BYTES),
+    FrameType.RESTORED: (2, _JSON_BYTES),
 }
 _COMPRESSED: Final = 1
 
@@ -214,7 +235,7 @@ def read_frame(read_exactly: Callable[[int], memoryview]) -> Frame:
 
 
 def encode_hello(hello: Hello) -> list[Buffer]:
-    return encode(FrameType.HELLO, [_json(to_document(hello))])
+    return encode(FrameType.HELLO, [json_bytes(to_document(hello))])
 
 
 def decode_hello(payload: Buffer) -> Hello:
@@ -229,7 +250,7 @@ def decode_hello(payload: Buffer) -> Hello:
 
 
 def encode_welcome(welcome: Welcome) -> list[Buffer]:
-    return encode(FrameType.WELCOME, [_json(to_document(welcome))])
+    return encode(FrameType.WELCOME, [json_bytes(to_document(welcome))])
 
 
 def decode_welcome(payload: Buffer) -> Welcome:
@@ -238,7 +259,7 @@ def decode_welcome(payload: Buffer) -> Welcome:
 
 def encode_error(error: LandfallError) -> list[Buffer]:
     """Return the frame that carries ``error``, its texts shortened to fit."""
-    return encode(FrameType.ERROR, [_json({key: text[:4000] for key, text in error.to_wire().items()})])
+    return encode(FrameType.ERROR, [json_bytes({key: text[:4000] for key, text in error.to_wire().items()})])
 
 
 def decode_error(payload: Buffer) -> LandfallError:
@@ -301,8 +322,14 @@ def _digest(head: bytes, parts: Sequence[Buffer]) -> int:
     return fold.intdigest()
 
 
-def _json(document: Any) -> bytes:
+def json_bytes(document: Any) -> bytes:
+    """Return a document as a payload has it."""
     return json.dumps(document, sort_keys=True, separators=(",", ":")).encode()
+
+
+def read_json(payload: Buffer, kind: type[T]) -> T:
+    """Return the ``kind`` that a payload is; ProtocolViolated."""
+    return _structured(_document(payload), kind)
 
 
 def _document(payload: Buffer) -> dict[str, Any]:

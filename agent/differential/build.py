@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -66,26 +67,31 @@ def build(request: BuildRequest) -> Dmi:
     """
     request.state.mkdir(parents=True, exist_ok=True)
     files.sweep(request.state)
-    base_table, table = _tables(request)
+    with ThreadPoolExecutor(1, thread_name_prefix="digests") as aside:
+        # The changed blocks are read and digested while inodes, owners and names are found out: neither needs the other.
+        digesting = aside.submit(_tables, request)
+        reader = reader_for(request.filesystem, request.base, request.target, request.changed)
+        changes = reader.changed_inodes()
+        known = None if request.base is None else names.load(index_path(request.state, request.base_id))
+        if known is not None:
+            reader.anticipate(known.with_those_above(changes.inode[changes.kind == FileKind.DIRECTORY]))
+        regular = (changes.kind == FileKind.REGULAR) & changes.in_target
+        extents = reader.extents(changes.inode[regular], changes.generation[regular])
+        owners = reader.ownership(changes, changes.inode[regular], extents)
+        of_files = owners.owner[owners.claim_run] == Owner.FILE
+        touched = np.setdiff1d(owners.claim_inode[~of_files], changes.inode)
+        base_names, target_names = _indexes(request, changes, known, touched=touched, root=reader.root_inode)
+        failpoint("differential.names_stored")
+        changes = _with_others(request, changes, owners.claim_inode, base=base_names, target=target_names, root=reader.root_inode)
+        pieces = pieces_of(request.changed, replace(owners, claim_run=owners.claim_run[of_files], claim_inode=owners.claim_inode[of_files]))
+        target = _side(request, request.target, reader, index=target_names, changes=changes, there=changes.in_target)
+        base = None
+        if request.base is not None and base_names is not None:
+            before = reader_for(request.filesystem, None, request.base, request.changed)
+            base = _side(request, request.base, before, index=base_names, changes=changes, there=changes.in_base)
+        rows = rows_of(changes, base, target, np.isin(changes.inode, pieces.claim_inode) & changes.in_target)
+        base_table, table = digesting.result()
     failpoint("differential.table_stored")
-    reader = reader_for(request.filesystem, request.base, request.target, request.changed)
-    changes = reader.changed_inodes()
-    regular = (changes.kind == FileKind.REGULAR) & changes.in_target
-    extents = reader.extents(changes.inode[regular], changes.generation[regular])
-    owners = reader.ownership(changes, changes.inode[regular], extents)
-    of_files = owners.owner[owners.claim_run] == Owner.FILE
-    touched = np.setdiff1d(owners.claim_inode[~of_files], changes.inode)
-    base_names, target_names = _indexes(request, changes, touched=touched, root=reader.root_inode)
-    failpoint("differential.names_stored")
-    changes = _with_others(request, changes, owners.claim_inode, base=base_names, target=target_names, root=reader.root_inode)
-    pieces = pieces_of(request.changed, replace(owners, claim_run=owners.claim_run[of_files], claim_inode=owners.claim_inode[of_files]))
-
-    target = _side(request, request.target, reader, index=target_names, changes=changes, there=changes.in_target)
-    base = None
-    if request.base is not None and base_names is not None:
-        before = reader_for(request.filesystem, None, request.base, request.changed)
-        base = _side(request, request.base, before, index=base_names, changes=changes, there=changes.in_base)
-    rows = rows_of(changes, base, target, np.isin(changes.inode, pieces.claim_inode) & changes.in_target)
     head = Head(
         request.transfer, request.base_id, request.target_id, request.base_taken_ns, request.target_taken_ns,
         request.volume_name, request.volume_bytes, request.sector_bytes, request.filesystem, request.mkfs_arguments,
@@ -135,24 +141,23 @@ def _tables(request: BuildRequest) -> tuple[BlockDigests, BlockDigests]:
     return digests.table_of_zeros(blocks) if base_table is None else base_table, table
 
 
-def _indexes(request: BuildRequest, changes: InodeChanges, *, touched: U64, root: int) -> tuple[NameIndex | None, NameIndex]:
-    """Return the name indexes of base (None: g0) and target, the latter stored.
+def _indexes(
+    request: BuildRequest, changes: InodeChanges, base: NameIndex | None, *, touched: U64, root: int
+) -> tuple[NameIndex | None, NameIndex]:
+    """Return the name indexes of base (None: g0) and target, the latter stored; ``base`` is the one that was stored, if it is whole.
 
     An index that contradicts the inodes' link counts is not believed, and where metadata of inodes that did not change was ``touched``
     (their times have whole seconds only, or a directory was changed twice within a tick), nothing is: both are walked anew.
     """
     path = index_path(request.state, request.target_id)
-    base = None
     if request.base is not None:
-        base_path = index_path(request.state, request.base_id)
-        base = names.load(base_path)
         if base is not None and not len(touched):
             target = _updated_index(request, changes, base)
             if target is not None and _agrees(target, changes, root):
                 names.save(target, path)
                 return base, target
         base = names.walked(request.base.mount_fd)
-        names.save(base, base_path)
+        names.save(base, index_path(request.state, request.base_id))
     target = names.walked(request.target.mount_fd)
     names.save(target, path)
     return base, target

@@ -160,6 +160,7 @@ def read_blocks(device: Path, blocks: U64) -> U8:
     content = np.empty((len(distinct), BLOCK_BYTES), dtype=np.uint8)
     at, runs = 0, runs_of_blocks(distinct)
     with _opened(device) as descriptor:
+        _read_ahead(descriptor, runs)
         for first, end in zip(runs.first.tolist(), runs.end.tolist(), strict=True):
             while first < end:
                 count = min(end - first, _READ_BYTES // BLOCK_BYTES)
@@ -167,6 +168,12 @@ def read_blocks(device: Path, blocks: U64) -> U8:
                 content[at : at + count] = np.frombuffer(part, dtype=np.uint8).reshape(count, BLOCK_BYTES)
                 first, at = first + count, at + count
     return content if len(distinct) == len(blocks) and bool(np.all(where == np.arange(len(blocks)))) else content[where.reshape(-1)]
+
+
+def anticipate(device: Path, runs: Runs) -> None:
+    """Let the kernel begin to read ``runs`` into the device's page cache, all of them at once, and return."""
+    with _opened(device) as descriptor:
+        _read_ahead(descriptor, runs)
 
 
 def read_inodes(layout: Layout, inodes: U64) -> U8:
@@ -288,6 +295,12 @@ def _opened(device: Path) -> Iterator[int]:
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def _read_ahead(descriptor: int, runs: Runs) -> None:
+    if len(runs) > 1:
+        for first, end in zip(runs.first.tolist(), runs.end.tolist(), strict=True):
+            os.posix_fadvise(descriptor, first * BLOCK_BYTES, (end - first) * BLOCK_BYTES, os.POSIX_FADV_WILLNEED)
 
 
 def _read(device: Path, descriptor: int, offset: int, length: int) -> bytes:

@@ -66,6 +66,16 @@ class NameIndex:
         at = int(self.name_at[row])
         return self.names[at : at + int(self.name_bytes[row])].tobytes()
 
+    def with_those_above(self, directories: U64) -> U64:
+        """Return ``directories`` and all directories above them."""
+        found = fresh = np.unique(directories.astype(np.uint64))
+        while len(fresh) and len(self):
+            at = np.searchsorted(self.child, fresh)
+            named = self.child[np.minimum(at, len(self) - 1)] == fresh
+            fresh = np.setdiff1d(self.parent[at[named]], found)
+            found = np.union1d(found, fresh)
+        return found
+
     def paths_of(self, child: int, root: int) -> list[tuple[int, bytes]]:
         """Return (parent inode, path from the root) of each name; the root is called b"". Names not beneath the root are left out."""
         if child == root:

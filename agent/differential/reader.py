@@ -72,6 +72,9 @@ class FilesystemReader(Protocol):
     def changed_inodes(self) -> InodeChanges:
         """Return every inode that differs between base and target."""
 
+    def anticipate(self, directories: U64) -> None:
+        """Begin to read what opening these directories of base and target will need, where that can be done; the caller goes on."""
+
     def extents(self, inode: U64, generation: U32) -> Extents:
         """Return the target's extents of regular files (data fork only); none for inline data."""
 

@@ -82,6 +82,9 @@ class XfsReader:
                 )
         return _joined(found)
 
+    def anticipate(self, directories: U64) -> None:
+        """XFS has buffers of its own for metadata, which nothing but its own reading fills."""
+
     def extents(self, inode: U64, generation: U32) -> Extents:
         """Return the target's extents of regular files (data fork only); DeviceFailed if one is not in the target.
 

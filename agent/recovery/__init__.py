@@ -8,6 +8,8 @@ inode    one inode made, filled, given its attributes
 apply    a plan stored into the clone
 verify   everything read back from a fresh mount
 mount    the private mounts
-restore  single files from a generation
+gather   single files read from a generation
+restore  single files made in the operational volume
+rescue   both of these, each on its own node
 salvage  all of it, committed as a generation; undo, and the sweep after a crash
 """

@@ -3,14 +3,15 @@
 node         what the handlers work on: configuration, substrate, transfers, outbox, exports; one job per volume
 term         which management node is obeyed
 volumes      create, admit, list
+adoption     appraise, adopt
 serving      promote, serve, unserve, demote
 addresses    take, drop; the lookout for others who have them
 leases       lease; the watch over them
 growth       more room for a volume
 removal      the end of a volume
 peers        probe
-generations  take, drop, open, close
-restoring    single files
+generations  take, take together, drop, open, close
+restoring    restore, receive, send: single files
 verification examine, digests, owners
 sending      build, send (NAS 1)
 transfers    list, fetch, discard
@@ -34,6 +35,7 @@ from agent.config import Config
 from agent.contract import messages as m
 from agent.service import (
     addresses,
+    adoption,
     devices,
     generations,
     growth,
@@ -61,6 +63,8 @@ HANDLERS: dict[type[Any], Callable[[Node, Any, ProgressCall], Any]] = {
     m.TryPath: health.try_path,
     m.ListDevices: devices.list_devices,
     m.CreateVolume: volumes.create,
+    m.AppraiseVolume: adoption.appraise,
+    m.AdoptVolume: adoption.adopt,
     m.AdmitReplica: volumes.admit,
     m.ListVolumes: volumes.list_volumes,
     m.PromoteVolume: serving.promote,
@@ -70,6 +74,7 @@ HANDLERS: dict[type[Any], Callable[[Node, Any, ProgressCall], Any]] = {
     m.GrowVolume: growth.grow,
     m.RemoveVolume: removal.remove,
     m.TakeGeneration: generations.take,
+    m.TakeTogether: generations.take_together,
     m.DropGeneration: generations.drop,
     m.OpenGeneration: generations.open_generation,
     m.CloseGeneration: generations.close_generation,
@@ -87,6 +92,8 @@ HANDLERS: dict[type[Any], Callable[[Node, Any, ProgressCall], Any]] = {
     m.DiscardTransfer: transfers.discard,
     m.UpdateInstruction: salvages.update,
     m.UndoSalvage: salvages.undo_salvage,
+    m.ReceiveFiles: restoring.receive_files,
+    m.SendFiles: restoring.send_some,
     m.RenewLease: leases.renew,
     m.TakeAddress: addresses.take,
     m.DropAddress: addresses.drop,

@@ -3,31 +3,58 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from agent.contract import messages as m
-from agent.contract.errors import DeviceBusy
+from agent.contract.errors import DeviceBusy, LandfallError, RequestRefused
 from agent.contract.identity import GenerationId, GenerationKind, next_generation
 from agent.differential import build as differential
 from agent.differential.reader import View
 from agent.service.node import OPENED, Node, ProgressCall, open_mount
 from agent.system.clock import wall_ns
 from agent.volume import filesystem
-from agent.volume.substrate import VolumeRecord
+from agent.volume.substrate import Take, VolumeRecord
 
 
 def take(node: Node, arguments: m.TakeGeneration, progress: ProgressCall) -> m.Taken:
     """Freeze, clone, thaw. If we die here the guard thaws, and a generation is held whole or not at all."""
-    record = node.record(arguments.volume)
-    with node.job(record.id, "generation.take"):
-        newest = max(facts.id.counter for facts in node.substrate.generations(record.id))
-        facts = m.GenerationFacts(next_generation(record.id, record.epoch, newest), GenerationKind.FROZEN, wall_ns())
-        mount_point = node.mount_point(record) if node.serving(record) else None
-        if mount_point is None:
-            settle(node, record)
-        frozen_ms = node.substrate.take(record.id, mount_point, facts)
-    return m.Taken(facts, frozen_ms)
+    taken = take_together(node, m.TakeTogether((arguments.volume,)), progress)
+    return m.Taken(taken.generations[0], taken.frozen_ms)
+
+
+def take_together(node: Node, arguments: m.TakeTogether, progress: ProgressCall) -> m.TakenTogether:
+    """Freeze all, clone each, thaw all: the generations are of one moment, and say so by one time.
+
+    RequestRefused for a volume that is named twice. If we die here the guards thaw, and each generation is held whole or not at all; of an
+    order that failed none is left.
+    """
+    records = [node.record(volume) for volume in sorted(arguments.volumes)]  # always in one order: two orders cannot wait for each other
+    if not records or len({record.id for record in records}) != len(records):
+        raise RequestRefused("generations are taken of one volume or several different ones", fix="Name each volume once.")
+    with ExitStack() as jobs:
+        for record in records:
+            jobs.enter_context(node.job(record.id, "generation.take"))
+        for record in records:
+            if not node.serving(record):
+                settle(node, record)
+        taken_ns = wall_ns()
+        takes = [_of_now(node, record, taken_ns) for record in records]
+        try:
+            frozen_ms = node.substrate.take_together(takes)
+        except BaseException:
+            for take in takes:
+                with suppress(LandfallError):
+                    node.substrate.drop(take.facts.id)
+            raise
+    by_volume = {take.volume: take.facts for take in takes}
+    return m.TakenTogether(tuple(by_volume[volume] for volume in arguments.volumes), frozen_ms)
+
+
+def _of_now(node: Node, record: VolumeRecord, taken_ns: int) -> Take:
+    newest = max(facts.id.counter for facts in node.substrate.generations(record.id))
+    facts = m.GenerationFacts(next_generation(record.id, record.epoch, newest), GenerationKind.FROZEN, taken_ns)
+    return Take(record.id, node.mount_point(record) if node.serving(record) else None, facts)
 
 
 def drop(node: Node, arguments: m.DropGeneration, progress: ProgressCall) -> m.Done:

@@ -15,6 +15,7 @@ from agent.config import Config
 from agent.contract import messages as m
 from agent.contract.errors import DeviceBusy, NoSuchGeneration, NoSuchVolume, NotOurs, TransferBusy
 from agent.contract.identity import GenerationId
+from agent.recovery.rescue import FileReceiver
 from agent.service.outbox import Outbox
 from agent.service.term import Term
 from agent.serving import address as addresses
@@ -83,6 +84,7 @@ class Node:
         self.ending = threading.Event()
         self.term = Term(config.state_dir / "term")
         self.receptions: dict[UUID, Reception] = {}
+        self.rescues: dict[UUID, FileReceiver] = {}
         self.watch: DeviceWatch | None = None
         self._jobs: dict[UUID, str] = {}
         self._lock = threading.Lock()
@@ -194,6 +196,8 @@ class Node:
             self.watch.close()
         for running in list(self.receptions.values()):
             running.cancel()
+        for rescue in list(self.rescues.values()):
+            rescue.cancel()
         self.ending.set()
 
 

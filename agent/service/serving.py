@@ -132,6 +132,7 @@ def facts_of(node: Node, record: VolumeRecord) -> m.VolumeFacts:
         address=tenure.address if in_force else "",
         confirmed=in_force and tenure.confirmed and _is_primary_at(record, tenure.epoch),
         exports=node.exports.protocols(node.share(record)) if serving else (),
+        sector_bytes=record.sector_bytes,
     )
 
 

@@ -30,7 +30,7 @@ def create(node: Node, arguments: m.CreateVolume, progress: ProgressCall) -> m.V
     with node.job(record.id, "volume.create"):
         is_new = not _is_unfinished(node, record)
         if is_new:
-            _refuse_known(node, record)
+            refuse_known(node, record)
             node.substrate.create(record)
         try:
             with node.substrate.operational(record.id) as device:
@@ -60,7 +60,7 @@ def admit(node: Node, arguments: m.AdmitReplica, progress: ProgressCall) -> m.Vo
     )
     if record in node.substrate.volumes():
         return facts_of(node, record)
-    _refuse_known(node, record)
+    refuse_known(node, record)
     with node.job(record.id, "volume.admit"):
         node.substrate.create(record)
     return facts_of(node, record)
@@ -82,7 +82,8 @@ def _is_unfinished(node: Node, record: VolumeRecord) -> bool:
     return record in node.substrate.volumes() and not node.serving(record) and len(node.substrate.generations(record.id)) == 1
 
 
-def _refuse_known(node: Node, record: VolumeRecord) -> None:
+def refuse_known(node: Node, record: VolumeRecord) -> None:
+    """VolumeExists if the node holds a volume of that name or identity."""
     for known in node.substrate.volumes():
         if known.id == record.id or known.name.lower() == record.name.lower():
             raise VolumeExists(f"node {node.config.node} holds a volume {known.name} ({known.id}) already")

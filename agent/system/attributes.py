@@ -21,8 +21,9 @@ _FSXATTR: Final = struct.Struct("<IIIII8x")  # xflags, extsize, nextents, projid
 
 IMMUTABLE: Final = 0x10
 APPEND: Final = 0x20
+NOCOW: Final = 0x800000
 PROJECT_INHERIT: Final = 0x20000000
-SETTABLE_FLAGS: Final = 0x1 | 0x2 | 0x4 | 0x8 | IMMUTABLE | APPEND | 0x40 | 0x80 | 0x10000 | 0x20000 | 0x800000 | PROJECT_INHERIT
+SETTABLE_FLAGS: Final = 0x1 | 0x2 | 0x4 | 0x8 | IMMUTABLE | APPEND | 0x40 | 0x80 | 0x10000 | 0x20000 | NOCOW | PROJECT_INHERIT
 """Flags that chattr sets and Landfall promises: secure deletion, undelete, compress, sync, immutable, append, nodump, noatime,
 dirsync, topdir, nocow, project inheritance. Inherent ones (extents, inline data, encrypted, verity, index) are left out."""
 

@@ -5,6 +5,7 @@ If we die before the rename the old content stands and a ``.new-*`` file is left
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import secrets
@@ -36,6 +37,24 @@ def write_durably(path: Path, content: bytes | Iterable[bytes], *, mode: int = 0
         raise
     sync_directory(path.parent)
     failpoint("files.after_rename")
+
+
+def append_durably(path: Path, line: bytes, *, mode: int = 0o600) -> None:
+    """Add a line to ``path``, made if need be; on return it survives power loss.
+
+    If we die here a part of the line may be left; the next one begins below it.
+    """
+    is_new = not path.exists()
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
+    try:
+        size = os.fstat(descriptor).st_size
+        begun = size and os.pread(descriptor, 1, size - 1) != b"\n"
+        os.write(descriptor, (b"\n" if begun else b"") + line + b"\n")  # at once: others may add lines at the same time
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    if is_new:
+        sync_directory(path.parent)
 
 
 def rename_durably(old: Path, new: Path) -> None:
@@ -88,6 +107,18 @@ def held_elsewhere(path: Path) -> bool:
             return False
     except DeviceBusy:
         return True
+
+
+def written_elsewhere(descriptor: int) -> bool:
+    """Whether somebody else has an open file open for writing, found by a lease (fcntl(2), F_SETLEASE) that is given back at once."""
+    try:
+        fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+    except OSError as error:
+        if error.errno == errno.EAGAIN:
+            return True
+        raise
+    fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    return False
 
 
 def _is_locked(descriptor: int) -> bool:

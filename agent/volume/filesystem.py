@@ -21,6 +21,7 @@ from agent.volume.freeze import thaw_if_frozen
 from agent.volume.mounts import mount_on, mounts
 from agent.volume.superblock import (
     Compat,
+    Ext4State,
     Ext4Superblock,
     Incompat,
     RoCompat,
@@ -139,6 +140,26 @@ def grow_ext4(device: Path) -> None:
     run(["resize2fs", str(device)], timeout_s=_MOUNT_LIMIT_S)
 
 
+def refuse_unclean(device: Path, kind: FilesystemKind) -> None:
+    """Raise LayoutUnsupported unless a filesystem was unmounted cleanly, has no errors, and lies whole on its device."""
+    reasons = list(_ext4_unclean(read_ext4(device)) if kind is FilesystemKind.EXT4 else _xfs_unclean(device))
+    blocks = (read_ext4(device) if kind is FilesystemKind.EXT4 else read_xfs(device)).blocks
+    device_fd = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        size_bytes = os.lseek(device_fd, 0, os.SEEK_END)
+    finally:
+        os.close(device_fd)
+    if blocks * BLOCK_BYTES > size_bytes:
+        reasons.append(f"it has {blocks} blocks, and there is room for {size_bytes // BLOCK_BYTES}")
+    if reasons:
+        check = "`e2fsck -f`" if kind is FilesystemKind.EXT4 else "`xfs_repair`"
+        raise LayoutUnsupported(
+            f"the {kind} on {device} was not left in order",
+            cause="; ".join(reasons),
+            fix=f"Mount it once and unmount it, which replays its journal; if that does not help, {check}.",
+        )
+
+
 def remount(mount_point: Path, *, read_only: bool) -> None:
     """Make a mounted volume writable, or read-only and written back; DeviceBusy if a process has a file open for writing there."""
     option = f"remount,{'ro' if read_only else 'rw'}"
@@ -226,6 +247,21 @@ def _xfs_refusals(found: XfsSuperblock) -> Iterator[str]:
         yield "it needs xfs_repair"
     if found.unknown:
         yield f"features this release does not know ({found.unknown:#x})"
+
+
+def _ext4_unclean(found: Ext4Superblock) -> Iterator[str]:
+    if Incompat.NEEDS_RECOVERY in found.incompat:
+        yield "its journal is to be replayed"
+    if Ext4State.CLEAN not in found.state:
+        yield "it was not unmounted"
+    if found.state & (Ext4State.ERRORS | Ext4State.ORPHANS) or RoCompat.ORPHAN_PRESENT in found.ro_compat:
+        yield "it has errors or orphans"
+
+
+def _xfs_unclean(device: Path) -> Iterator[str]:
+    """xfs_logprint(8), -t: the log's head and tail, and what that makes of its state."""
+    if "<CLEAN>" not in run(["xfs_logprint", "-t", str(device)], ok=range(256), timeout_s=_MOUNT_LIMIT_S).text:
+        yield "its log is to be replayed"
 
 
 # --- how it was made ---

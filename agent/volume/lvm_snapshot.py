@@ -28,7 +28,7 @@ every snapshot of the origin is first extended by what may come, or the merge wa
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -61,7 +61,7 @@ from agent.volume.cow_table import CowTable, cow_bytes, read_table, runs_of
 from agent.volume.lvm import LogicalVolume
 from agent.volume.lvm_held import Held
 from agent.volume.lvm_substrate import HIDDEN, LvmSubstrate, g0_tags, new_name, refuse_sectors
-from agent.volume.substrate import ChangedRuns, VolumeRecord, Workspace
+from agent.volume.substrate import ChangedRuns, Take, VolumeRecord, Workspace
 
 CHUNK_BYTES: Final = 4096
 """A block: so a COW device is exactly as large as what may change, and nothing beside a changed block is copied."""
@@ -70,6 +70,10 @@ _SLACK_BYTES: Final = 4 << 20
 _COPY_BLOCKS: Final = 256
 _MERGE_LIMIT_S: Final = 24 * 3600.0
 _ZERO_KIND: Final = "zero"
+_PLAIN_KINDS: Final = frozenset({"linear", "striped"})
+WAITING_TAG: Final = "landfall-adopt"
+"""What an administrator gives a logical volume that is to be adopted: with it the group may hold it until then."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -85,12 +89,13 @@ class LvmSnapshotSubstrate(LvmSubstrate):
         """
         super().__init__(group)
         self.snapshot_percent = snapshot_percent
-        strangers = [found.name for found in lvm.volumes(self.group) if not _is_ours(found)]
+        strangers = [found.name for found in lvm.volumes(self.group) if not _is_ours(found) and WAITING_TAG not in found.tags]
         if strangers:
             raise NotOurs(
                 f"volume group {group} holds volumes that lvm-snapshot did not make",
                 cause=", ".join(sorted(strangers)[:5]),
-                fix="Give Landfall a group of its own, and each substrate its own.",
+                fix="Give Landfall a group of its own, and each substrate its own; "
+                f"what is to become a volume by `landfall volume adopt` waits with the tag {WAITING_TAG}.",
             )
 
     def differential_identity(self, base: GenerationId) -> str:
@@ -159,14 +164,15 @@ class LvmSnapshotSubstrate(LvmSubstrate):
                 fix="Make a larger volume and copy the files, or keep it on lvm-thin.",
             )
 
-    def take(self, volume: UUID, mount_point: Path | None, facts: GenerationFacts) -> float:
-        """Make the operational volume's state under a freeze a generation; return the freeze in milliseconds.
+    def take_together(self, takes: Sequence[Take]) -> float:
+        """Make the state of operational volumes at one moment generations; return the freeze in milliseconds.
 
         Older generations get room for what may change until the next one, as far as there is any.
         """
-        milliseconds = super().take(volume, mount_point, facts)
+        milliseconds = super().take_together(takes)
         with self._locked():
-            self._widen(volume)
+            for take in takes:
+                self._widen(take.volume)
         return milliseconds
 
     def refuse_written(self, generation: GenerationId) -> None:
@@ -250,8 +256,40 @@ class LvmSnapshotSubstrate(LvmSubstrate):
         content = tags.operational_tag(record.id) if is_primary else tags.generation_tag(empty)
         lvm.retag(self.group, origin, drop=[unfinished], add=[tags.origin_tag(record.id), content], writable=is_primary)
         failpoint("substrate.create.before_rename")
+        self._make_empty(record)
+
+    def _make_empty(self, record: VolumeRecord) -> None:
         zeros = ["--type", _ZERO_KIND, "--size", f"{record.size_bytes}b", "--permission", "r", *HIDDEN]
         lvm.create(self.group, [*zeros, self.group.name], new_name(), g0_tags(record))
+
+    def _refuse_kind(self, found: LogicalVolume, listed: tuple[LogicalVolume, ...]) -> None:
+        if found.kind not in _PLAIN_KINDS or found.origin or any(other.origin == found.uuid for other in listed):
+            raise LayoutUnsupported(
+                f"logical volume {found.name} is no plain one without snapshots",
+                cause=f"it is {found.kind}{', a snapshot or the origin of one' if found.kind in _PLAIN_KINDS else ''}",
+                fix="Only a linear or striped volume without snapshots can be adopted; remove its snapshots, or copy it.",
+            )
+
+    @contextmanager
+    def _foreign_device(self, found: LogicalVolume) -> Iterator[Path]:
+        was_active = mapper.by_identity(lvm.dm_uuid(self.group, found.uuid)) is not None
+        if not was_active:
+            lvm.activate(self.group, found)
+        try:
+            with mapper.device_over(mapper.linear(self._existing(found)), found.size_bytes, found.uuid, writable=False) as device:
+                yield device
+        finally:
+            if not was_active and not mapper.in_use(found.uuid):
+                lvm.deactivate(self.group, found)
+
+    def _take_in(self, found: LogicalVolume, record: VolumeRecord) -> None:
+        if self.group.disk is not None:
+            refuse_sectors(record, self.group.disk)
+        mapper.refuse_in_use(found.uuid, f"logical volume {found.name}")
+        lvm.change(self.group, found.name, "--setactivationskip", "y")
+        lvm.retag(
+            self.group, found, drop=sorted(found.tags & {WAITING_TAG}), add=[tags.origin_tag(record.id), tags.operational_tag(record.id)]
+        )
 
     def _snapshot(self, origin: LogicalVolume, tagged: list[str], *, writable: bool, room_bytes: int | None = None) -> str:
         """Make a snapshot; without a room a generation gets the share that is configured, a workspace as much as it can use.

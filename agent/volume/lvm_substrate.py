@@ -14,14 +14,14 @@ import fcntl
 import os
 import secrets
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
 from uuid import UUID
 
-from agent.contract.errors import BaseMismatch, LandfallError, LayoutUnsupported, NotOurs, RequestRefused, VolumeExists
+from agent.contract.errors import BaseMismatch, DeviceBusy, LandfallError, LayoutUnsupported, NotOurs, RequestRefused, VolumeExists
 from agent.contract.identity import BLOCK_BYTES, GenerationId, GenerationKind, empty_generation, plain_name
 from agent.contract.messages import GenerationFacts, Role, Unreadable
 from agent.system import blockdev
@@ -32,7 +32,7 @@ from agent.volume.freeze import frozen, sync_mounted, thaw_if_frozen
 from agent.volume.lvm import LogicalVolume
 from agent.volume.lvm_held import Held
 from agent.volume.mounts import mount_on, mounts
-from agent.volume.substrate import VolumeRecord, Workspace
+from agent.volume.substrate import Foreign, Take, VolumeRecord, Workspace
 
 HIDDEN: Final = ("--setactivationskip", "y", "--activate", "n")
 _LOCKS: Final = Path("/run/lock")
@@ -61,6 +61,22 @@ class LvmSubstrate(ABC):
     @abstractmethod
     def _make(self, record: VolumeRecord) -> None:
         """Make what a new volume needs, its g0 last."""
+
+    @abstractmethod
+    def _make_empty(self, record: VolumeRecord) -> None:
+        """Make a volume's g0 alone, and thereby the volume."""
+
+    @abstractmethod
+    def _refuse_kind(self, found: LogicalVolume, listed: tuple[LogicalVolume, ...]) -> None:
+        """LayoutUnsupported for a logical volume that cannot become an operational volume as it is; ``listed`` are all of the group."""
+
+    @abstractmethod
+    def _foreign_device(self, found: LogicalVolume) -> AbstractContextManager[Path]:
+        """Give a read-only device over a logical volume that is not ours yet."""
+
+    @abstractmethod
+    def _take_in(self, found: LogicalVolume, record: VolumeRecord) -> None:
+        """Make a logical volume the operational one; its tags change in one commit."""
 
     @abstractmethod
     def _snapshot(self, origin: LogicalVolume, tagged: list[str], *, writable: bool, room_bytes: int | None = None) -> str:
@@ -109,6 +125,69 @@ class LvmSubstrate(ABC):
             self._make(record)
         failpoint("substrate.create.after")
 
+    @contextmanager
+    def foreign(self, source: str) -> Iterator[Foreign]:
+        """Give a logical volume of the group that nobody uses. See ``substrate.Substrate.foreign``."""
+        with self._locked():
+            found = self._found(source)
+            below = self.group.disk
+            sector_bytes = 512 if below is None else sector_bytes_of(below)
+            opened = self._foreign_device(found)
+            device = opened.__enter__()
+        try:
+            yield Foreign(device, found.size_bytes, sector_bytes)
+        finally:
+            with self._locked():
+                opened.__exit__(None, None, None)
+
+    def adopt(self, record: VolumeRecord, source: str) -> None:
+        """Make a volume of which a logical volume is the operational one, by one change of its tags. See ``substrate.Substrate.adopt``."""
+        with self._locked():
+            held = self._held()
+            known, operational = held.volumes.get(record.id), held.operational.get(record.id)
+            if known is not None and known != record:
+                raise VolumeExists(f"volume {record.name} ({record.id}) exists, and is another")
+            if operational is not None:
+                if operational.name != self._name(source):
+                    raise VolumeExists(f"volume {record.name} has an operational volume already")
+                return
+            found = self._found(source)
+            if found.size_bytes != record.size_bytes:
+                raise BaseMismatch(f"{source} has {found.size_bytes} bytes, volume {record.name} has {record.size_bytes}")
+            failpoint("substrate.adopt.before")
+            if known is None:
+                plain_name(record.name)
+                if any(other.name == record.name for other in held.volumes.values()):
+                    raise VolumeExists(f"volume {record.name} exists")
+                self._need_room(f"volume {record.name}")
+                self._make_empty(record)
+            failpoint("substrate.adopt.half")
+            self._take_in(found, record)
+        failpoint("substrate.adopt.after")
+
+    def _name(self, source: str) -> str:
+        """Return the name that a logical volume has in the group: said alone, as GROUP/NAME or as /dev/GROUP/NAME. NotOurs."""
+        *above, name = source.removeprefix("/dev/").split("/")
+        if above not in ([], [self.group.name]):
+            raise NotOurs(f"{source} is no logical volume of {self.group.name}", fix=f"Name one of {self.group.name}, as `lvs` does.")
+        return name
+
+    def _found(self, source: str) -> LogicalVolume:
+        """Return the logical volume that can be adopted; says what speaks against it."""
+        name, listed = self._name(source), lvm.volumes(self.group)
+        found = next((volume for volume in listed if volume.name == name), None)
+        if found is None:
+            raise NotOurs(f"volume group {self.group.name} has no logical volume {name}", fix="`lvs` shows what there is.")
+        if any(tag.startswith("landfall/") for tag in found.tags):
+            raise VolumeExists(f"logical volume {name} is Landfall's already")
+        if found.read_only:
+            raise LayoutUnsupported(f"logical volume {name} is read-only", fix=f"lvchange --permission rw {self.group.name}/{name}")
+        self._refuse_kind(found, listed)
+        device = mapper.by_identity(lvm.dm_uuid(self.group, found.uuid))
+        if device is not None and mapper.open_count(device):
+            raise DeviceBusy(f"logical volume {name} is mounted or open", fix="Unmount it, and end what uses it (lsof, dmsetup ls --tree).")
+        return found
+
     def remove(self, volume: UUID) -> None:
         """Destroy a volume with all it has; DeviceBusy while any of it is in use. If we die here ``recover`` ends it."""
         with self._locked():
@@ -138,33 +217,41 @@ class LvmSubstrate(ABC):
         return self._held().generations_of(volume)
 
     def take(self, volume: UUID, mount_point: Path | None, facts: GenerationFacts) -> float:
-        """Make the operational volume's state under a freeze a generation; return the freeze in milliseconds.
+        """Take one generation."""
+        return self.take_together((Take(volume, mount_point, facts),))
 
-        Without a mount point the volume must not be in use (DeviceBusy). NotOurs if something else is mounted there. If we die here
-        the guard thaws, and the snapshot, which is unfinished, is swept.
+    def take_together(self, takes: Sequence[Take]) -> float:
+        """Make the state of operational volumes at one moment generations; return the freeze in milliseconds.
+
+        A volume without a mount point must not be in use (DeviceBusy). NotOurs if something else is mounted there. If we die here the
+        guards thaw, and a snapshot that is unfinished is swept.
         """
         with self._locked(), self._swept_on_failure():
             held = self._held()
-            operational = held.operational_of(volume)
-            held.refuse_taken(facts)
-            self._need_room(f"generation {facts.id.name}")
-            if mount_point is None:
-                mapper.refuse_in_use(operational.uuid, "the operational volume")
-                name, milliseconds = self._snapshot(operational, [tags.unfinished_tag(volume)], writable=False), 0.0
-            else:
-                _refuse_other_mount(mount_point, operational)
-                sync_mounted(mount_point)
+            operational = [held.operational_of(take.volume) for take in takes]
+            for take, volume in zip(takes, operational, strict=True):
+                held.refuse_taken(take.facts)
+                self._need_room(f"generation {take.facts.id.name}")
+                if take.mount_point is None:
+                    mapper.refuse_in_use(volume.uuid, "the operational volume")
+                else:
+                    _refuse_other_mount(take.mount_point, volume)
+                    sync_mounted(take.mount_point)
+            mounted = [take.mount_point for take in takes if take.mount_point is not None]
+            if mounted:
                 failpoint("substrate.take.before_freeze")
-                with frozen(mount_point) as freeze:
+            with frozen(*mounted) as freeze:
+                if mounted:
                     failpoint("substrate.take.frozen")
-                    name = self._snapshot(operational, [tags.unfinished_tag(volume)], writable=False)
-                milliseconds = freeze.milliseconds
-            failpoint("substrate.take.before_record")
-            taken = self._unfinished(name)
-            failpoint("substrate.take.before_rename")
-            lvm.retag(self.group, taken, drop=[tags.unfinished_tag(volume)], add=[tags.generation_tag(facts)])
+                unfinished = [tags.unfinished_tag(take.volume) for take in takes]
+                names = [self._snapshot(volume, [tag], writable=False) for volume, tag in zip(operational, unfinished, strict=True)]
+            for take, name, tag in zip(takes, names, unfinished, strict=True):
+                failpoint("substrate.take.before_record")
+                taken = self._unfinished(name)
+                failpoint("substrate.take.before_rename")
+                lvm.retag(self.group, taken, drop=[tag], add=[tags.generation_tag(take.facts)])
         failpoint("substrate.take.after")
-        return milliseconds
+        return freeze.milliseconds
 
     def drop(self, generation: GenerationId) -> None:
         """Give up a generation; NoSuchGeneration if it is not held, DeviceBusy while it is read, RequestRefused for g0."""
@@ -376,16 +463,21 @@ def g0_tags(record: VolumeRecord) -> list[str]:
 
 def refuse_sectors(record: VolumeRecord, below: Path) -> None:
     """LayoutUnsupported for a volume with other sectors than the device below it: LVM's volumes have those of their disks."""
-    below_fd = os.open(below, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        there = blockdev.logical_sector_bytes(below_fd)
-    finally:
-        os.close(below_fd)
+    there = sector_bytes_of(below)
     if record.sector_bytes != there:
         raise LayoutUnsupported(
             f"sectors of {record.sector_bytes} bytes in a volume group on disks with sectors of {there}",
             fix="Put the volume group on disks with the sectors that the volume has.",
         )
+
+
+def sector_bytes_of(device: Path) -> int:
+    """Return the bytes of a block device's sectors."""
+    device_fd = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return blockdev.logical_sector_bytes(device_fd)
+    finally:
+        os.close(device_fd)
 
 
 def _refuse_other_mount(mount_point: Path, operational: LogicalVolume) -> None:

@@ -177,7 +177,30 @@ class LvmThinSubstrate(LvmSubstrate):
         if record.role is Role.PRIMARY:
             self._new_empty(record.size_bytes, [tags.operational_tag(record.id)])
         failpoint("substrate.create.before_rename")
+        self._make_empty(record)
+
+    def _make_empty(self, record: VolumeRecord) -> None:
         self._new_empty(record.size_bytes, g0_tags(record), "--permission", "r")
+
+    def _refuse_kind(self, found: LogicalVolume, listed: tuple[LogicalVolume, ...]) -> None:
+        origin = next((other for other in listed if other.uuid == found.origin), None)
+        if found.thin_id is None or found.pool != self.pool_volume.uuid or (found.origin and (origin is None or origin.pool != found.pool)):
+            raise LayoutUnsupported(
+                f"logical volume {found.name} is no thin volume of the pool {self.pool_volume.name}",
+                cause=f"it is {found.kind}{' of another pool' if found.thin_id is not None else ''}",
+                fix="Only a thin volume of this pool can be adopted without a copy; copy it into a new volume otherwise.",
+            )
+
+    def _foreign_device(self, found: LogicalVolume) -> AbstractContextManager[Path]:
+        return mapper.device_over(mapper.thin(self._pool(), _thin_id(found)), found.size_bytes, found.uuid, writable=False)
+
+    def _take_in(self, found: LogicalVolume, record: VolumeRecord) -> None:
+        """Let the kernel forget LVM's own device of it first: every device of it is one of ours from now on."""
+        refuse_sectors(record, self._pool())
+        mapper.refuse_in_use(found.uuid, f"logical volume {found.name}")
+        lvm.deactivate(self.group, found)
+        lvm.change(self.group, found.name, "--setactivationskip", "y")
+        lvm.retag(self.group, found, add=[tags.operational_tag(record.id)])
 
     def _new_empty(self, size_bytes: int, tagged: list[str], *options: str) -> None:
         shape = ["--virtualsize", f"{size_bytes}b", "--thinpool", self.pool_volume.name, "--wipesignatures", "n", *HIDDEN, *options]

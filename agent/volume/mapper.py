@@ -112,6 +112,11 @@ def resize(lv_uuid: str, size_bytes: int) -> None:
         dmsetup(["resume", name])
 
 
+def open_count(device: Path) -> int:
+    """Return how many have a device open, mounts and devices over it included."""
+    return int(dmsetup(["info", "--columns", "--noheadings", "-o", "open", str(device)]).text.strip() or 0)
+
+
 def is_device_of(number: tuple[int, int], lv_uuid: str) -> bool:
     """Whether the block device (major, minor) is one of ours over a logical volume."""
     return _identity(Path(f"/sys/dev/block/{number[0]}:{number[1]}")).startswith(f"{_OURS}{lv_uuid}-")

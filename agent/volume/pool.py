@@ -23,7 +23,6 @@ from agent.volume.mounts import mounted_at
 
 MARKER: Final = "landfall-pool"
 _MARKER_TEXT: Final = b"landfall pool 1\n"
-_NOCOW: Final = 0x800000  # FS_NOCOW_FL, chattr +C
 RESERVE_BYTES: Final = 16 << 20
 """Room a pool must have before anything is begun in it: clones, records and the filesystem's own trees."""
 
@@ -102,7 +101,7 @@ def _refuse_checksums(folder: Path) -> None:
     """Let every file made below ``folder`` be without data checksums: btrfs(5), nodatacow; the folders below inherit it."""
     folder_fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        attributes.set_flags(folder_fd, attributes.flags(folder_fd) | _NOCOW)
+        attributes.set_flags(folder_fd, attributes.flags(folder_fd) | attributes.NOCOW)
     finally:
         os.close(folder_fd)
 

@@ -3,6 +3,7 @@
     <pool>/landfall-pool                          the marker
     <pool>/volumes/<uuid>/volume.json             VolumeRecord
                           operational.img         only on the node that serves the volume
+                          adopted                 where that came from, if it was there before the volume
                           generations/NAME.img    immutable, with NAME.json (GenerationFacts)
                           workspaces/<transfer>.<kind>.img
 
@@ -17,15 +18,17 @@ import errno
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 from uuid import UUID
 
 from agent.contract.errors import (
     BaseMismatch,
+    DeviceBusy,
     LandfallError,
     LayoutUnsupported,
     NoSuchGeneration,
@@ -37,7 +40,7 @@ from agent.contract.errors import (
 )
 from agent.contract.identity import BLOCK_BYTES, GenerationId, GenerationKind, empty_generation, plain_name
 from agent.contract.messages import GenerationFacts, Role, Unreadable
-from agent.system import block, files
+from agent.system import attributes, block, files
 from agent.system.failpoint import failpoint
 from agent.volume import extents
 from agent.volume.freeze import frozen, sync_mounted, thaw_if_frozen
@@ -46,7 +49,10 @@ from agent.volume.mounts import Mount, mount_on, mounts
 from agent.volume.pool import Pool, said_plainly
 from agent.volume.records import image_mtime_ns, read_record, write_record
 from agent.volume.snapshot import catch_up, clone_ahead
-from agent.volume.substrate import ChangedRuns, VolumeRecord, Workspace, WorkspaceKind
+from agent.volume.substrate import ChangedRuns, Foreign, Take, VolumeRecord, Workspace, WorkspaceKind
+
+_ADOPTED = "adopted"
+"""Where a volume's operational image came from, if it was one before."""
 
 _GROWING = "growing"
 """The size that a volume is to have, as long as not all of it has that."""
@@ -117,6 +123,10 @@ class ReflinkSubstrate:
 
         If we die here there is the whole volume or what ``recover`` sweeps.
         """
+        self._create(record)
+
+    def _create(self, record: VolumeRecord, adopting: str = "") -> None:
+        """Make a volume; one that is to get its operational image by ``adopting`` another has none yet."""
         plain_name(record.name)
         if record.size_bytes <= 0 or record.size_bytes % BLOCK_BYTES:
             raise LayoutUnsupported(f"{record.size_bytes} bytes are no whole number of blocks", fix=f"Use a multiple of {BLOCK_BYTES}.")
@@ -134,7 +144,9 @@ class ReflinkSubstrate:
             image = new / "generations" / f"{empty.id.name}.img"
             _make_sparse(image, record.size_bytes)
             write_record(image.with_suffix(".json"), empty, image_mtime_ns=image.stat().st_mtime_ns)
-            if record.role is Role.PRIMARY:
+            if adopting:
+                files.write_durably(new / _ADOPTED, os.fsencode(adopting))
+            elif record.role is Role.PRIMARY:
                 _make_sparse(new / "operational.img", record.size_bytes)
             write_record(new / "volume.json", record)
             files.sync_directory(new)
@@ -146,6 +158,46 @@ class ReflinkSubstrate:
                     raise VolumeExists(f"volume {record.name} ({record.id}) exists") from error
                 raise
         failpoint("substrate.create.after")
+
+    @contextmanager
+    def foreign(self, source: str) -> Iterator[Foreign]:
+        """Give an image file of the pool's filesystem that nobody has open or attached. See ``substrate.Substrate.foreign``."""
+        image = Path(source)
+        if not image.is_absolute() or self.pool.volumes in image.resolve().parents:
+            raise NotOurs(f"{source} is no image file outside of the pool's own folders", fix="Name it by its absolute path on this node.")
+        try:
+            image_fd = open_image(image)
+        except FileNotFoundError as error:
+            raise NotOurs(f"there is no file {source} on this node") from error
+        with os.fdopen(image_fd, "rb"):
+            _refuse_foreign(image_fd, image, self.pool)
+            with attach(image) as device:
+                yield Foreign(device, os.fstat(image_fd).st_size, 512)
+
+    def adopt(self, record: VolumeRecord, source: str) -> None:
+        """Make a volume of which an image file is the operational image: it is moved into the pool. See ``substrate.Substrate.adopt``."""
+        known = next((held for held in self.volumes() if held.id == record.id), None)
+        image, operational = Path(source), self._folder(record.id) / "operational.img"
+        if known is not None and known != record:
+            raise VolumeExists(f"volume {record.name} ({record.id}) exists, and is another")
+        if operational.exists():
+            adopted = self._folder(record.id) / _ADOPTED
+            if image.exists() or not adopted.exists() or adopted.read_bytes() != os.fsencode(source):
+                raise VolumeExists(f"volume {record.name} has an operational image already")
+            return
+        failpoint("substrate.adopt.before")
+        if known is None:
+            self._create(record, source)
+        failpoint("substrate.adopt.half")
+        with said_plainly(f"adopting {source}"), _opened(image) as image_fd:
+            lock(image_fd, image, exclusive=True)
+            _refuse_foreign(image_fd, image, self.pool)
+            _refuse_size(image_fd, record, image)
+            os.fchown(image_fd, 0, 0)
+            os.fchmod(image_fd, 0o600)
+            os.fsync(image_fd)
+            files.rename_durably(image, operational)
+        failpoint("substrate.adopt.after")
 
     def remove(self, volume: UUID) -> None:
         """Destroy a volume with all it has; DeviceBusy while any image of it is in use. If we die here ``recover`` ends it."""
@@ -205,42 +257,56 @@ class ReflinkSubstrate:
         return tuple(sorted(found, key=lambda facts: (facts.id.epoch, facts.id.counter, facts.id.nonce)))
 
     def take(self, volume: UUID, mount_point: Path | None, facts: GenerationFacts) -> float:
-        """Make the operational volume's state under a freeze a generation; return the freeze in milliseconds.
+        """Take one generation."""
+        return self.take_together((Take(volume, mount_point, facts),))
 
-        Without a mount point the volume must not be in use (DeviceBusy). NotOurs if something else is mounted there. If we die here
-        the guard thaws, and the clone, which has no record yet, is swept.
+    def take_together(self, takes: Sequence[Take]) -> float:
+        """Make the state of operational volumes at one moment generations; return the freeze in milliseconds.
+
+        A volume without a mount point must not be in use (DeviceBusy). NotOurs if something else is mounted there. If we die here the
+        guards thaw, and a clone that has no record yet is swept.
         """
-        record = self._record(volume)
+        mounted = [take.mount_point for take in takes if take.mount_point is not None]
+        with said_plainly(f"taking generation {', '.join(take.facts.id.name for take in takes)}"), ExitStack() as clones:
+            begun = [clones.enter_context(self._taking(take)) for take in takes]
+            if mounted:
+                failpoint("substrate.take.before_freeze")
+            with frozen(*mounted) as freeze:
+                if mounted:
+                    failpoint("substrate.take.frozen")
+                for catch_up_now in begun:
+                    catch_up_now()
+            if mounted:
+                failpoint("substrate.take.after_thaw")
+        failpoint("substrate.take.after")
+        return freeze.milliseconds
+
+    @contextmanager
+    def _taking(self, take: Take) -> Iterator[Callable[[], object]]:
+        """Give what completes a clone of an operational image, to be called while that is held still; at the end it is a generation."""
+        record, facts = self._record(take.volume), take.facts
         self._refuse_taken(facts)
-        operational, image = self._folder(volume) / "operational.img", self._image(facts.id)
+        operational, image = self._folder(take.volume) / "operational.img", self._image(facts.id)
         self.pool.need_room(0, f"generation {facts.id.name}")
         new = image.with_name(f"{files.TEMPORARY_PREFIX}{image.name}")
-        with said_plainly(f"taking generation {facts.id.name}"), _removed_on_failure(new, image.with_suffix(".json")):
-            with _opened(self._operational_image(volume)) as source, _made(new) as clone:
-                if mount_point is None:
+        with _removed_on_failure(new, image.with_suffix(".json")):
+            with _opened(self._operational_image(take.volume)) as source, _made(new) as clone:
+                if take.mount_point is None:
                     lock(source, operational, exclusive=True)
-                    milliseconds = 0.0
                     os.fsync(source)
-                    block.clone(source, clone)
+                    yield partial(block.clone, source, clone)
                 else:
-                    _refuse_other_mount(mount_point, operational)
-                    sync_mounted(mount_point)
-                    with _opened(self._image(self.generations(volume)[-1].id)) as newest:
+                    _refuse_other_mount(take.mount_point, operational)
+                    sync_mounted(take.mount_point)
+                    with _opened(self._image(self.generations(take.volume)[-1].id)) as newest:
                         cloned = clone_ahead(source, clone, newest)
-                    failpoint("substrate.take.before_freeze")
-                    with frozen(mount_point) as freeze:
-                        failpoint("substrate.take.frozen")
-                        catch_up(source, clone, cloned)
-                    milliseconds = freeze.milliseconds
-                    failpoint("substrate.take.after_thaw")
+                    yield partial(catch_up, source, clone, cloned)
                 _refuse_size(clone, record, new)
                 os.fsync(clone)
             failpoint("substrate.take.before_record")
             write_record(image.with_suffix(".json"), facts, image_mtime_ns=new.stat().st_mtime_ns)
             failpoint("substrate.take.before_rename")
             files.rename_durably(new, image)
-        failpoint("substrate.take.after")
-        return milliseconds
 
     def drop(self, generation: GenerationId) -> None:
         """Give up a generation; NoSuchGeneration if it is not held, DeviceBusy while it is read. g0 stays."""
@@ -560,6 +626,34 @@ def _removed_on_failure(*made: Path) -> Iterator[None]:
             else:
                 path.unlink(missing_ok=True)
         raise
+
+
+def _refuse_foreign(image_fd: int, image: Path, pool: Pool) -> None:
+    """Refuse an image that cannot be moved into the pool as it is, or that somebody else can write to."""
+    about = os.fstat(image_fd)
+    if about.st_dev != pool.path.stat().st_dev:
+        raise NotOurs(
+            f"{image} does not lie on the filesystem of this node's pool",
+            cause=f"the pool is {pool.path}",
+            fix="Move it there first; between two filesystems that is a copy.",
+        )
+    if about.st_size % BLOCK_BYTES or not about.st_size:
+        raise LayoutUnsupported(
+            f"{image} has {about.st_size} bytes", fix=f"Make it a multiple of {BLOCK_BYTES}: `truncate -s %{BLOCK_BYTES}`."
+        )
+    if about.st_nlink != 1:
+        raise DeviceBusy(f"{image} has {about.st_nlink} names", fix="Remove the others: who has them can write to it.")
+    if pool.kind == "btrfs" and not attributes.flags(image_fd) & attributes.NOCOW:
+        raise LayoutUnsupported(
+            f"{image} has data checksums, so it cannot be cloned within the pool",
+            fix="Copy it into a folder with `chattr +C` on the same filesystem, and adopt that.",
+        )
+    for folder in Path("/sys/class/block").glob("loop*/loop"):
+        device = Path("/dev") / folder.parent.name
+        if device.exists() and backs(device, image):
+            raise DeviceBusy(f"{image} is attached to {device}", fix=f"Unmount it, and `losetup -d {device}`.")
+    if files.written_elsewhere(image_fd):
+        raise DeviceBusy(f"{image} is open by another program", fix="Find it (lsof, fuser), and let it end.")
 
 
 def _make_sparse(image: Path, size_bytes: int) -> None:

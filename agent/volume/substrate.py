@@ -6,6 +6,7 @@ everything is a block device. Reading devices are read-only for the kernel too, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import StrEnum
@@ -64,6 +65,24 @@ class Workspace:
     kind: WorkspaceKind
 
 
+@dataclass(frozen=True, slots=True)
+class Take:
+    """A generation that is to be taken of a volume, mounted on ``mount_point`` or, where that is None, not at all."""
+
+    volume: UUID
+    mount_point: Path | None
+    facts: GenerationFacts
+
+
+@dataclass(frozen=True, slots=True)
+class Foreign:
+    """Something that holds a filesystem, which is no volume yet: a device to look into it, which must not be written."""
+
+    device: Path
+    size_bytes: int
+    sector_bytes: int
+
+
 class Substrate(Protocol):
     """Operational volumes, their generations, and workspaces."""
 
@@ -91,6 +110,17 @@ class Substrate(Protocol):
     def create(self, record: VolumeRecord) -> None:
         """Make a volume with g0 as its only generation; a primary also gets an empty operational image. VolumeExists, NoSpace."""
 
+    def foreign(self, source: str) -> AbstractContextManager[Foreign]:
+        """Give what ``source`` names in the substrate's own words, to look into. NotOurs, LayoutUnsupported for what cannot become an
+        operational volume without being copied, DeviceBusy for what is used, VolumeExists for what is Landfall's already."""
+
+    def adopt(self, record: VolumeRecord, source: str) -> None:
+        """Make a volume of which ``source`` is the operational volume, in place: not a block of it is written.
+
+        The volume comes first, without an operational one, then ``source`` takes that place in one step. If we die in between, ``source``
+        is as it was, and asked again, the rest is done; asked after the end, nothing is. VolumeExists.
+        """
+
     def remove(self, volume: UUID) -> None:
         """Destroy a volume with all its generations and workspaces; DeviceBusy while any is in use."""
 
@@ -107,9 +137,13 @@ class Substrate(Protocol):
         """Return the generations whose records can be read, g0 included, oldest first: by epoch, then by counter."""
 
     def take(self, volume: UUID, mount_point: Path | None, facts: GenerationFacts) -> float:
-        """Make the operational volume's state under a freeze of ``mount_point`` a generation; return the freeze in milliseconds.
+        """Take one generation: ``take_together`` of one volume."""
 
-        None: the volume is not mounted. If we die here the filesystem is thawed by its guard, and a clone without its record is swept.
+    def take_together(self, takes: Sequence[Take]) -> float:
+        """Make the state of operational volumes at one moment generations, one of each; return the freeze in milliseconds.
+
+        All that are mounted are frozen before the first is cloned, and thawed after the last is. If we die here each is thawed by its
+        guard, and a clone without its record is swept. Records are made one by one after that: whoever asked counts those of one order.
         """
 
     def drop(self, generation: GenerationId) -> None:

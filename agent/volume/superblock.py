@@ -73,6 +73,14 @@ class RoCompat(IntFlag):
     ORPHAN_PRESENT = 0x10000
 
 
+class Ext4State(IntFlag):
+    """ext4, s_state."""
+
+    CLEAN = 0x1
+    ERRORS = 0x2
+    ORPHANS = 0x4
+
+
 class XfsIncompat(IntFlag):
     """XFS, sb_features_incompat."""
 
@@ -104,10 +112,12 @@ class Ext4Superblock:
     block_bytes: int
     inode_bytes: int
     inodes: int
+    blocks: int
     reserved_blocks: int
     flex_groups: int
     journal_bytes: int
     external_journal: bool
+    state: Ext4State
     compat: Compat
     incompat: Incompat
     ro_compat: RoCompat
@@ -163,11 +173,13 @@ def read_ext4(device: Path) -> Ext4Superblock:
         block_bytes=1024 << u32(24),
         inode_bytes=u16(88),
         inodes=u32(0),
+        blocks=u32(4) | (u32(0x150) << 32 if wide else 0),
         reserved_blocks=u32(8) | (u32(0x154) << 32 if wide else 0),
         flex_groups=1 << raw[0x174],
         # The journal inode's size, from the copy that mke2fs keeps in s_jnl_blocks when s_jnl_backup_type is 1.
         journal_bytes=u32(268 + 64) | u32(268 + 60) << 32 if raw[253] == 1 else 0,
         external_journal=u32(228) != 0 or bool(features[1] & Incompat.JOURNAL_DEV),
+        state=Ext4State(u16(58) & sum(Ext4State)),
         compat=Compat(features[0] & known[0]),
         incompat=Incompat(features[1] & known[1]),
         ro_compat=RoCompat(features[2] & known[2]),

@@ -74,6 +74,7 @@ for command in (
     failover.failover,
     failover.failback,
     failover.resync,
+    failover.rescue,
     watching.watch,
     watching.history,
     watching.hold,

@@ -18,31 +18,62 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@volume_argument
+@click.argument("volumes", nargs=-1, required=True, metavar="VOLUME...")
+@click.option("--together", is_flag=True, help="Freeze all of them before the first generation is taken: they are of one moment.")
 @click.option("--differential", type=click.Choice([kind.value for kind in Differential]), default="verify", show_default=True)
 @click.option("--streams", type=click.IntRange(1, 64), help="TCP streams.")
 @click.option("--rate", type=Size(), help="Bytes per second at most, such as 50M.")
 @click.option("--prepare", is_flag=True, help="Take the generation and build its differential; the next replicate sends it.")
 @as_json_option
 @at_place
-def replicate(place: Place, volume: str, differential: str, streams: int | None, rate: int | None, prepare: bool, as_json: bool) -> None:
-    """Bring the newest state of VOLUME to its secondary, or go on with a transfer that was prepared or interrupted."""
+def replicate(
+    place: Place,
+    volumes: tuple[str, ...],
+    together: bool,
+    differential: str,
+    streams: int | None,
+    rate: int | None,
+    prepare: bool,
+    as_json: bool,
+) -> None:
+    """Bring the newest state of VOLUME to its secondary, or go on with a transfer that was prepared or interrupted.
+
+    Several VOLUMEs of one primary, --together: their generations are of one moment, as a database on one and its log on another need.
+    """
     from mgmt import run
     from mgmt.terminal import Bars, say, show_json
     from mgmt.view import bytes_words
 
-    if prepare:
-        if streams is not None or rate is not None:
-            raise click.UsageError("--prepare sends nothing: --streams and --rate belong to the replicate that follows")
+    if prepare and (streams is not None or rate is not None):
+        raise click.UsageError("--prepare sends nothing: --streams and --rate belong to the replicate that follows")
+    if len(volumes) > 1 and not together:
+        raise click.UsageError("several volumes: say --together, or replicate one after the other")
+    kind = Differential(differential)
+    if together:
         with place.site() as site, Bars() as bars:
-            ready = run.prepare(site, volume, differential=Differential(differential), tell=bars.tell)
+            sent: tuple[run.Replicated, ...] = ()
+            if prepare:
+                taken = run.prepare_together(site, volumes, differential=kind, tell=bars.tell)
+            else:
+                taken, sent = run.replicate_together(
+                    site, volumes, differential=kind, streams=streams, rate_limit_bytes_s=rate, tell=bars.tell
+                )
+        if as_json:
+            show_json({**to_document(taken), "replicated": [to_document(one) for one in sent]})
+            return
+        listed = ", ".join(f"{member.volume} {member.target.name}" for member in taken.members)
+        how = f"frozen together for {taken.frozen_ms:.0f} ms" if taken.frozen_ms else "taken together before"
+        say(f"{listed}: {how}, {'ready to be sent' if prepare else 'on both nodes'}.")
+        return
+    (volume,) = volumes
+    if prepare:
+        with place.site() as site, Bars() as bars:
+            ready = run.prepare(site, volume, differential=kind, tell=bars.tell)
         how = "had been prepared before" if ready.built is None else f"{ready.built.pieces:,} pieces of {ready.built.files:,} files"
         show_json(to_document(ready)) if as_json else say(f"{ready.target.name} is ready to be sent ({how}).")
         return
     with place.site() as site, Bars() as bars:
-        done = run.replicate(
-            site, volume, differential=Differential(differential), streams=streams, rate_limit_bytes_s=rate, tell=bars.tell
-        )
+        done = run.replicate(site, volume, differential=kind, streams=streams, rate_limit_bytes_s=rate, tell=bars.tell)
     if as_json:
         show_json(to_document(done))
         return

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from agent.contract.identity import FilesystemKind
-from agent.contract.messages import Deletions, to_document
-from mgmt.cli.place import Place, as_json_option, at_place, volume_argument, want_name, yes_option
+from agent.contract.messages import Appraised, Deletions, to_document
+from mgmt.cli.place import Place, as_json_option, at_place, volume_argument, want, want_name, yes_option
 from mgmt.sizes import Size
 
 if TYPE_CHECKING:
@@ -77,13 +77,7 @@ def volume_add(
 
     levels, sets, timing = _levels(priorities), _sets(atomic), _timing(schedule, keep)
     with place.site() as site:
-        names = site.inventory.names
-        if (primary is None or secondary is None) and len(names) != 2:
-            raise click.UsageError("name --primary and --secondary: there are not exactly two nodes")
-        primary = primary or next(node for node in names if node != secondary)
-        secondary = secondary or next(node for node in names if node != primary)
-        if primary == secondary:
-            raise click.UsageError(f"a volume needs two nodes; {primary} is both its primary and its secondary")
+        primary, secondary = _nodes(site.inventory.names, primary, secondary)
         facts = run.add_volume(
             site,
             name,
@@ -102,6 +96,71 @@ def volume_add(
         show_json(to_document(facts))
     else:
         say(f"Volume {name} is served by {primary} at {facts.mount_point}.")
+
+
+@volume.command("adopt")
+@click.argument("name")
+@click.argument("source")
+@click.option("--primary", help="The node that has it, and serves it; without it, the first of two.")
+@click.option("--secondary", help="The node that holds its replica; without it, the second of two.")
+@rules
+@yes_option
+@as_json_option
+@at_place
+def volume_adopt(
+    place: Place,
+    name: str,
+    source: str,
+    primary: str | None,
+    secondary: str | None,
+    deletions: str | None,
+    priorities: tuple[str, ...],
+    atomic: tuple[str, ...],
+    address: str | None,
+    schedule: str | None,
+    keep: str | None,
+    yes: bool,
+    as_json: bool,
+) -> None:
+    """Make the ext4 or XFS on SOURCE, with all that it holds, volume NAME of the primary, without copying it.
+
+    SOURCE is what the primary has it on: the absolute path of an image file on the filesystem of its pool (which is moved into the pool),
+    or the name of a logical volume in its volume group: a thin one of the pool for lvm-thin, a plain one without snapshots for
+    lvm-snapshot. It must not be mounted or attached anywhere, and must have been unmounted cleanly. The first replicate sends all of it.
+    """
+    from mgmt import run
+    from mgmt.determination import Policy
+    from mgmt.terminal import say, show_json
+    from mgmt.view import bytes_words
+
+    levels, sets, timing = _levels(priorities), _sets(atomic), _timing(schedule, keep)
+
+    with place.site() as site:
+        one, other = _nodes(site.inventory.names, primary, secondary)
+
+        def agree(found: Appraised) -> bool:
+            what = f"the {found.filesystem} of {bytes_words(found.size_bytes)} on {one}'s {source}"
+            want(yes, f"Make {what} volume {name}? It is Landfall's from then on.", "this takes over what you name")
+            return True
+
+        facts = run.adopt_volume(
+            site,
+            name,
+            source,
+            primary=one,
+            secondary=other,
+            policy=Policy(Deletions(deletions or Deletions.HOLD), sets),
+            priorities=levels,
+            address=place_on_net(address),
+            agree=agree,
+        )
+        if facts is None:
+            return
+        run.set_volume(site, name, **timing)
+    if as_json:
+        show_json(to_document(facts))
+    else:
+        say(f"Volume {name} is served by {one} at {facts.mount_point}; `landfall replicate {name}` sends it to {other}.")
 
 
 @volume.command("list")
@@ -237,6 +296,17 @@ def place_on_net(address: str | None) -> str:
     if "/" not in address or found.network.num_addresses == 1 or found.ip in (found.network.network_address, found.network[-1]):
         raise click.BadParameter(f"{address!r} is no address of a network, such as 192.0.2.100/24", param_hint="--address")
     return str(found)
+
+
+def _nodes(names: tuple[str, ...], primary: str | None, secondary: str | None) -> tuple[str, str]:
+    """Return the two nodes of a volume, where they are not named those that there are."""
+    if (primary is None or secondary is None) and len(names) != 2:
+        raise click.UsageError("name --primary and --secondary: there are not exactly two nodes")
+    one = primary or next(node for node in names if node != secondary)
+    other = secondary or next(node for node in names if node != one)
+    if one == other:
+        raise click.UsageError(f"a volume needs two nodes; {one} is both its primary and its secondary")
+    return one, other
 
 
 def _levels(priorities: tuple[str, ...]) -> tuple[tuple[str, int], ...]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from agent.contract import messages as m
 from mgmt.drill.evidence import Findings
+from mgmt.drill.onlooker import Seen
 from mgmt.failover.account import Account
 from mgmt.report import LossStatement
 
@@ -22,3 +23,6 @@ class Course:
     failover: Account | None = None
     findings: Findings | None = None
     facts: m.TransferFacts | None = None
+    serves: tuple[str, ...] | None = None  # the nodes that serve the volume in the end; None: nobody looked
+    client: Seen | None = None
+    shortfalls: tuple[str, ...] = ()  # what is not as the scenario expects it

@@ -34,14 +34,21 @@ def _tag_of(generation: GenerationId) -> str:
 
 @contextmanager
 def _pool_of(lab: Lab, node: NodeName) -> Iterator[Path]:
-    """Yield a node's pool as this machine's root sees it: the living node's own mount, or the dead one's disk, read-only."""
+    """Yield a node's pool as this machine's root sees it: the living node's own mount, or the dead one's disk, read-only.
+
+    Its device is not: a filesystem whose disk failed under it wants its log replayed first, as at the node's next start.
+    """
     pid = first_process(lab, node)
     if pid is not None:
         yield within_node(lab, node, NODE_ROOT / "pool")
         return
     mount_point = lab.directory / f"{node}-disk"
     mount_point.mkdir(mode=0o700, exist_ok=True)
-    run(["mount", "-o", "loop,ro", str(lab.pool_image(node)), str(mount_point)])
+    loop = run(["losetup", "--find", "--show", str(lab.pool_image(node))]).text.strip()
+    try:
+        run(["mount", "-o", "ro", loop, str(mount_point)])
+    finally:
+        run(["losetup", "--detach", loop])  # with its last user: the mount, if it came to be
     try:
         yield mount_point
     finally:

@@ -19,23 +19,13 @@ class LabKind(StrEnum):
     VM = "vm"  # three virtual machines on this machine
 
 
-class Kill(StrEnum):
-    """What dies in the middle of the transfer."""
-
-    AGENT = "agent"  # SIGKILL to NAS 1's agent
-    NODE = "node"  # all of NAS 1, silently
-    LINK = "link"  # the network between the two: once healed and resumed, once declared dead and salvaged
-    RECEIVER = "receiver"  # SIGKILL to NAS 2's agent; it restarts and the transfer resumes
-    POWER = "power"  # NAS 2 loses power without flushing, comes back, and NAS 1 is gone by then
-
-
 @dataclass(frozen=True, slots=True)
 class Options:
-    """One drill. ``at`` is the share of the transfer's bytes after which the kill comes."""
+    """One drill. ``at`` is the share of the transfer's bytes after which the scenario's last fault comes."""
 
     filesystem: FilesystemKind = FilesystemKind.EXT4
     at: float = 0.5
-    kill: Kill = Kill.AGENT
+    scenario: str = "source-killed"
     differential: Differential = Differential.SEND
     seed: int = 1
     files: int = 20_000

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from agent.system.files import write_durably
+from mgmt.drill import judgement
 from mgmt.drill.course import Course
+from mgmt.drill.onlooker import Seen
 from mgmt.drill.options import Options
 from mgmt.report import LossStatement
 from mgmt.view import to_html, to_json
+
+PHASES: Final = ("detect", "fence", "determine", "recover", "serve", "waited")
+"""From the loss to the served volume. ``waited``: nobody worked on it, as between a failover that was killed and its resumption."""
 
 
 def keep(folder: Path, statement: LossStatement) -> None:
@@ -27,11 +32,17 @@ def document(options: Options, course: Course) -> dict[str, Any]:
         "substrate": options.substrate,
         "fs": str(options.filesystem),
         "seed": options.seed,
-        "kill": str(options.kill),
+        "scenario": options.scenario,
         "differential": str(options.differential),
         "at": options.at,
         "killed_at": round(course.killed_at, 4),
         "resumed": course.resumed,
+        "verdict": str(judgement.verdict(course)),
+        "rpo_s": _rounded(judgement.rpo_s(course)),
+        "rto_s": _rounded(judgement.rto_s(course)),
+        "serves": course.serves,
+        "client": _client_document(course.client),
+        "shortfalls": list(course.shortfalls),
     }
     if statement is not None:
         report["files"] = asdict(statement.files)
@@ -43,7 +54,7 @@ def document(options: Options, course: Course) -> dict[str, Any]:
         }
         if course.failover is not None:
             spent = course.failover.seconds
-            report["seconds"] |= {"fence": round(spent.fence, 3), "serve": round(spent.serve, 3), "total": round(spent.total, 3)}
+            report["seconds"] = {name: round(getattr(spent, name), 3) for name in (*PHASES, "total")}
     elif facts is not None:
         whole = {"changed": facts.files_total, "recovered": facts.files_whole, "kept_at_base": 0, "absent": 0, "damaged": 0}
         report["files"] = whole
@@ -54,16 +65,51 @@ def document(options: Options, course: Course) -> dict[str, Any]:
     return report
 
 
-def sentence(options: Options, course: Course) -> str:
-    """Return the drill's outcome in one sentence."""
+def _rounded(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds, 3)
+
+
+def _client_document(seen: Seen | None) -> dict[str, Any] | None:
+    if seen is None:
+        return None
+    lengths = [_rounded(gap.seconds) for gap in seen.gaps]
+    return {"reads": seen.reads, "connections": seen.connections, "gaps_s": lengths}
+
+
+def sentence(course: Course) -> str:
+    """Return the drill's outcome in a few lines: what became of the files, what it cost, what a client saw, what is not as expected."""
+    lines = [_files_line(course), _cost_line(course), _client_line(course.client)]
+    lines += [f"NOT AS EXPECTED: {words}" for words in course.shortfalls]
+    return "\n".join(line for line in lines if line)
+
+
+def _files_line(course: Course) -> str:
     if course.statement is None:
         resumed = course.resumed[-1] if course.resumed else {"pieces_skipped": 0}
         return f"resumed: {resumed['pieces_skipped']:,} pieces were not sent again, both volumes are equal block by block"
     files, findings = course.statement.files, course.findings
     share = 100 * files.recovered / max(files.recovered + files.kept_at_base + files.absent + files.damaged, 1)
-    verdict = "the checker found nothing amiss" if findings is not None and findings.clean else "THE CHECKER FOUND FAULTS"
-    away = f", served {course.failover.seconds.total:.1f} s after the kill" if course.failover is not None else ""
+    found = "the checker found nothing amiss" if findings is not None and findings.clean else "THE CHECKER FOUND FAULTS"
     return (
-        f"killed at {100 * course.killed_at:.0f} % of the bytes: {files.recovered:,} of {files.changed:,} changed files recovered "
-        f"({share:.1f} % of those to recover){away}; {verdict}"
+        f"broken off at {100 * course.killed_at:.0f} % of the bytes: {files.recovered:,} of {files.changed:,} changed files recovered "
+        f"({share:.1f} % of those to recover); {found}"
+    )
+
+
+def _cost_line(course: Course) -> str:
+    if course.failover is None:
+        return ""
+    spent, lost = course.failover.seconds, course.failover.lost
+    phases = ", ".join(f"{name} {getattr(spent, name):.1f}" for name in PHASES if name != "waited" or spent.waited >= 0.05)
+    return f"RTO {spent.total:.1f} s: {phases}; RPO {lost.recovered:.1f} s of recovered files" + (
+        f", {lost.others:.1f} s of the others" if lost.others != lost.recovered else ""
+    )
+
+
+def _client_line(seen: Seen | None) -> str:
+    if seen is None:
+        return ""
+    lengths = " and ".join("ever" if gap.seconds is None else f"{gap.seconds:.1f} s" for gap in seen.gaps)
+    return f"an SMB client read {seen.reads:,} times at the volume's address" + (
+        f", and could not for {lengths}" if lengths else ", always"
     )

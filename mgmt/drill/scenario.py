@@ -1,331 +1,308 @@
-"""The drill: a volume of real files, a replication that dies in the middle, a failover, and an independent check of the result.
+"""Scenarios: what goes wrong in a drill, when, what is done about it, and what must come of it. Data, read strictly.
 
-In the order of events: the lab; fill, replicate; change (by programs on the server and by SMB clients); replicate through a proxy that
-counts bytes; at the chosen byte something dies; what the kind of death asks for: the transfer resumes, or nas2 takes over; the check; the
-report.
+A scenario is a file ``playbooks/scenarios/NAME.yml``::
+
+    says: nas1's agent is killed while it sends; nas2 recovers what arrived, and serves it
+    labs: [local]                                   # where it can be held: local, vm
+    steps:                                          # in this order; one without particulars is its name alone
+      - interrupt:                                  # files change and are replicated; things go wrong at shares of the transfer's bytes
+          - {at: 0.5, fault: source-agent-killed}
+      - strike: source-power-cut                    # something goes wrong while nothing is sent
+      - notified                                    # nas2 notices, and the management node hears of it
+      - repair: heal-link
+      - resume                                      # the transfer goes on, and both volumes must be equal block by block
+      - failover: {declare_dead: true}              # `landfall failover`, as an operator says it; dies_after: a step after which it is
+                                                    # killed; refused: the code with which it must be refused
+    expect:
+      verdict: recovered                            # or resumed
+      serves: nas2                                  # this node, and no other
+      gaps: 1                                       # how often an SMB client may lose its files; above 0 it must, once at least
+      rpo_s: 600                                    # of recovered files, at most; 0: nothing may be lost
+      rto_s: 30                                     # without a service, at most, the recovery of the data itself not counted
+
+Keys that are not known, values of another type and steps that make no sense together are refused with their place.
 """
 
 from __future__ import annotations
 
-import os
-import queue
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import replace
+from collections.abc import Hashable
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
 from pathlib import Path
-from typing import Final
-from uuid import UUID
+from typing import Any, Final
 
-from pyroute2.netns import setns
+import cattrs
+import yaml
 
-from agent.contract import messages as m
-from agent.contract.dmi import Dmi
-from agent.contract.errors import DrillFailed, LandfallError
-from agent.system.block import go_down
-from agent.system.clock import monotonic_s, wall_ns
-from mgmt import run as operations
-from mgmt.drill import evidence, workload
-from mgmt.drill.course import Course
-from mgmt.drill.disks import frozen_on, within_node
-from mgmt.drill.evidence import Evidence, Findings
-from mgmt.drill.options import MIB, Kill, Options
-from mgmt.drill.report import keep
-from mgmt.drill.stage import Stage, teller
-from mgmt.drill.wire import expected_bytes
-from mgmt.failover.driver import failover
-from mgmt.failover.plan import Wish
-from mgmt.inventory import Inventory, read_inventory
-from mgmt.lab import control, lifecycle
-from mgmt.lab.layout import NAMESPACES, NODE_ROOT, Lab, LabSubstrate, NodeName
-from mgmt.lab.namespace import enter
-from mgmt.lab.proxy import Action, Direction, Endpoint, Event, Proxy, Trigger
-from mgmt.report import LossStatement
+from agent.contract.errors import ConfigInvalid
+from mgmt.drill.options import LabKind
+from mgmt.failover.plan import Step as FailoverStep
 
-VOLUME: Final = "drill"
-ADDRESS: Final = "10.77.0.100/24"
-"""Where clients find the volume, before and after."""
-SILENCE_LIMIT_S: Final = 3.0
-DEATH_LIMIT_S: Final = 300.0
-DETECT_LIMIT_S: Final = 60.0
+FOLDER: Final = Path(__file__).resolve().parents[2] / "playbooks" / "scenarios"
 
 
-class Drill:
-    """One drill in one lab."""
+class Fault(StrEnum):
+    """What goes wrong. nas1 is the source, nas2 the receiver."""
 
-    def __init__(self, options: Options, stage: Stage) -> None:
-        self.options, self.stage, self.course = options, stage, Course()
-        self.folder = options.folder.resolve()
-        self.lab = Lab.at(self.folder / "lab")
-        self._stack = ExitStack()
-        self._died_ns = 0
-
-    def run(self) -> Course:
-        """Return the course of the drill; the lab is gone afterwards, also after Ctrl-C or an error, unless it is to be kept."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        try:
-            with self.stage.step("lab: three nodes, their pools and their agents"):
-                lifecycle.down(self.lab)
-                lifecycle.up(self.lab, substrate=LabSubstrate(self.options.substrate))
-            with self._stack:
-                self._play()
-        finally:
-            if not self.options.keep_lab:
-                lifecycle.down(self.lab)
-        return self.course
-
-    # --- the steps, in order ---
-
-    def _play(self) -> None:
-        options = self.options
-        self._stack.enter_context(_inside(self.lab.namespace(NodeName.MGMT)))
-        inventory = read_inventory(self.lab.node(NodeName.MGMT) / "etc" / "landfall.toml")
-        site = self._stack.enter_context(operations.Site(_impatient(inventory)))
-        operations.add_volume(
-            site,
-            VOLUME,
-            filesystem=options.filesystem,
-            size_bytes=options.size_bytes,
-            primary=NodeName.NAS1,
-            secondary=NodeName.NAS2,
-            address=ADDRESS,
-        )
-        root = self._served(NodeName.NAS1)
-        client = self._client()
-        with self.stage.step(f"nas1: {options.files:,} files on {options.filesystem}") as advance:
-            workload.fill(root, options.files, options.content_bytes, options.seed, advance)
-            workload.smb_changes(client, 2 * options.seed)
-        with self.stage.step("nas1 -> nas2: first generation, all of it") as advance:
-            operations.replicate(site, VOLUME, differential=options.differential, tell=teller(advance))
-        match options.kill:
-            case Kill.LINK:
-                self._interrupted(site, root, client, "the link is cut", self._cut_link, turn=0)
-                self._heal_and_resume(site)
-                self._interrupted(site, root, client, "the link is cut for good", self._cut_link, turn=1)
-                self._fail_over(site, declare_dead=True)
-            case Kill.RECEIVER:
-                self._interrupted(site, root, client, "nas2's agent is killed", self._kill_receiver, turn=0)
-                control.start_service(self.lab, NodeName.NAS2, "agent")
-                self._heal_and_resume(site)
-            case Kill.POWER:
-                self._interrupted(site, root, client, "nas2 loses power", self._cut_power, turn=0)
-                lifecycle.kill(self.lab, NodeName.NAS1)
-                self._died_ns = wall_ns()
-                lifecycle.start_node(self.lab, NodeName.NAS2)
-                self._fail_over(site, declare_dead=False)
-            case Kill.AGENT:
-                self._interrupted(site, root, client, "nas1's agent is killed", self._kill_agent, turn=0)
-                self._fail_over(site, declare_dead=True)  # its machine still answers
-            case Kill.NODE:
-                self._interrupted(site, root, client, "nas1 dies", self._kill_node, turn=0)
-                self._fail_over(site, declare_dead=False)
-
-    def _interrupted(
-        self, site: operations.Site, root: Path, client: workload.SmbClient, what: str, die: Callable[[], None], *, turn: int
-    ) -> None:
-        """Change the volume, replicate it, and let ``die`` happen at the chosen byte. Returns when NAS 2 has said that it noticed."""
-        options = self.options
-        with self.stage.step(f"nas1: {options.changes:,} files changed, some of them by SMB clients") as advance:
-            if not turn:
-                workload.smb_changes(client, 2 * options.seed + 1)
-            workload.change(root, options.changes, options.seed + 1000 * turn, advance)
-        writing = workload.OpenWrite(client, f"open at the freeze {turn}", root / f"open at the freeze {turn}")
-        (root / f"deleted while open {turn}").write_bytes(os.urandom(200_000))
-        with ExitStack() as held, self.stage.step(f"nas1 -> nas2: the differential, until {what}") as advance:
-            held.callback(writing.end, 0.0)
-            writing.begin()
-            name = f"deleted while open {turn}"
-            held.enter_context(workload.deleted_while_open(client, name, root / name))
-            # A dead node's programs hold no files; they are needed until the generation is taken, and no longer.
-            order = _Interruption(self, site, die, held.close, advance)
-            order.run()
-        self.course.killed_at = order.killed_at
-        self._died_ns = order.died_ns
-        self.course.bytes_sent = order.bytes_sent
-        self.stage.say(f"  killed after {order.bytes_sent / MIB:.1f} MiB on the wire")
-        if self.options.kill in (Kill.RECEIVER, Kill.POWER):
-            return  # whoever should have noticed was the one who died
-        with self.stage.step("nas2: notices, and notifies the management node"):
-            operations.wait_for_failure(site, NodeName.NAS2, order.transfer, DETECT_LIMIT_S)
-        self.course.detect_s = monotonic_s() - order.died_s
-
-    def _heal_and_resume(self, site: operations.Site) -> None:
-        """Let the transfer resume, and prove that it converges: the image on NAS 2 is the image on NAS 1."""
-        lifecycle.heal(self.lab, NodeName.NAS1, NodeName.NAS2)
-        recorded = self._reception(site).pieces_arrived
-        with self.stage.step("nas1 -> nas2: resumed, only what is missing") as advance:
-            done = operations.replicate(site, VOLUME, differential=self.options.differential, tell=teller(advance))
-        self.course.resumed.append({"pieces_sent": done.sent.pieces_sent, "pieces_skipped": done.sent.pieces_skipped})
-        self.stage.say(f"  {done.sent.pieces_skipped:,} pieces had arrived before, {done.sent.pieces_sent:,} were sent")
-        with (
-            self.stage.step("check: both images, block by block"),
-            frozen_on(self.lab, NodeName.NAS1) as source,
-            frozen_on(self.lab, NodeName.NAS2) as copy,
-        ):
-            if not evidence.generations_equal(source(done.target), copy(done.target)):
-                raise DrillFailed("after a resume the volume on nas2 is not the one on nas1")
-        if done.sent.pieces_skipped != recorded:
-            raise DrillFailed(f"{recorded} pieces were recorded as arrived, and {done.sent.pieces_skipped} were not sent again")
-        self.course.facts = self._reception(site)
-
-    def _reception(self, site: operations.Site) -> m.TransferFacts:
-        """Return the newest transfer as NAS 2 knows it."""
-        return max(site.node(NodeName.NAS2).ask(m.ListTransfers()).transfers, key=lambda facts: facts.target.counter)
-
-    def _fail_over(self, site: operations.Site, *, declare_dead: bool) -> None:
-        with self.stage.step("nas2 takes over: fence, determination, recovery, address, exports") as advance:
-            done = failover(site, VOLUME, Wish(declare_dead=declare_dead), lost_ns=self._died_ns, tell=teller(advance))
-        if done is None or done.transfer is None:
-            raise DrillFailed("nothing was recovered of the transfer")
-        self.course.failover = done
-        statement = site.catalog.newest_salvage(done.volume).statement
-        self.course.statement = statement
-        keep(self.folder, statement)
-        with self.stage.step("check: every file against nas1's frozen generations"):
-            self.course.findings = self._check(site, statement)
-
-    def _check(self, site: operations.Site, statement: LossStatement) -> Findings:
-        files = site.evidence_folder(statement.transfer)
-        namespace = NAMESPACES / self.lab.namespace(NodeName.MGMT)
-        with frozen_on(self.lab, NodeName.NAS1) as source:
-            return evidence.check(
-                Evidence(
-                    base=source(statement.base),
-                    target=source(statement.target),
-                    filesystem=self.options.filesystem,
-                    result=self._served(NodeName.NAS2),
-                    dmi=files / "dmi",
-                    arrival=files / "arrival",
-                    smb=f"//{ADDRESS.partition('/')[0]}/{VOLUME}",
-                    smb_client=f"nsenter --net={namespace} smbclient -N",
-                ),
-                statement,
-                self.folder,
-            )
-
-    # --- what dies ---
-
-    def _kill_agent(self) -> None:
-        control.kill_service(self.lab, NodeName.NAS1, "agent")
-
-    def _kill_node(self) -> None:
-        self._cut_link()  # a machine without power does not say goodbye, as processes that are killed do
-        lifecycle.kill(self.lab, NodeName.NAS1)
-
-    def _cut_link(self) -> None:
-        lifecycle.cut(self.lab, NodeName.NAS1, NodeName.NAS2)
-
-    def _kill_receiver(self) -> None:
-        control.kill_service(self.lab, NodeName.NAS2, "agent")
-
-    def _cut_power(self) -> None:
-        pool_fd = os.open(within_node(self.lab, NodeName.NAS2, NODE_ROOT / "pool"), os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            go_down(pool_fd)
-        finally:
-            os.close(pool_fd)
-        lifecycle.kill(self.lab, NodeName.NAS2)
-
-    # --- where things are ---
-
-    def _served(self, node: NodeName) -> Path:
-        return within_node(self.lab, node, NODE_ROOT / "srv" / VOLUME)
-
-    def _client(self) -> workload.SmbClient:
-        namespace = NAMESPACES / self.lab.namespace(NodeName.MGMT)
-        return workload.SmbClient(ADDRESS.partition("/")[0], VOLUME, ("nsenter", f"--net={namespace}", "--"))
+    SOURCE_AGENT_KILLED = "source-agent-killed"  # SIGKILL to nas1's agent
+    SOURCE_POWER_CUT = "source-power-cut"  # all of nas1, silently
+    SOURCE_PAUSED = "source-paused"  # nothing of nas1 runs and no packet of it passes, as of a virtual machine that is paused
+    SOURCE_DISK_FAILED = "source-disk-failed"  # whatever nas1 reads or writes where its volumes are ends in an I/O error
+    LINK_CUT = "link-cut"  # no packet passes between nas1 and nas2; the management node and clients reach both
+    RECEIVER_AGENT_KILLED = "receiver-agent-killed"  # SIGKILL to nas2's agent
+    RECEIVER_POWER_CUT = "receiver-power-cut"  # all of nas2, without flushing
+    MANAGEMENT_POWER_CUT = "management-power-cut"  # the management node, with the command that ordered the transfer
 
 
-class _Interruption:
-    """A replication through a proxy, and a death at a byte of it."""
+class Repair(StrEnum):
+    """What is put right again."""
 
-    def __init__(
-        self, drill: Drill, site: operations.Site, die: Callable[[], None], taken: Callable[[], None], advance: Callable[[int, int], None]
-    ) -> None:
-        self._drill, self._site, self._die, self._taken, self._advance = drill, site, die, taken, advance
-        self._reached: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
-        self._proxy: Proxy | None = None
-        self._expected = 0
-        self._failure: BaseException | None = None
-        self.transfer = UUID(int=0)
-        self.killed_at = 0.0
-        self.bytes_sent = 0
-        self.died_s = 0.0
-        self.died_ns = 0
-
-    def run(self) -> None:
-        """Return when it is dead and the replication has failed of it."""
-        replication = threading.Thread(target=self._replicate, name="replication")
-        with ExitStack() as stack:
-            self._stack = stack
-            replication.start()
-            try:
-                event = self._reached.get(timeout=DEATH_LIMIT_S)
-            except queue.Empty:
-                raise DrillFailed("the byte at which something was to die never came") from None
-            if event is None or self._proxy is None:
-                raise DrillFailed("the transfer ended before its byte came", cause=str(self._failure))
-            self._die()
-            self.died_s, self.died_ns = monotonic_s(), wall_ns()
-            self.bytes_sent = event.upstream_bytes
-            self.killed_at = event.upstream_bytes / self._expected
-            if self._drill.options.kill in (Kill.AGENT, Kill.RECEIVER):
-                self._proxy.cut()  # a process that dies closes its connections; a node or a link falls silent
-            replication.join(DEATH_LIMIT_S)
-            if replication.is_alive():
-                raise DrillFailed("the management node did not notice that the transfer failed")
-
-    def _replicate(self) -> None:
-        try:
-            with suppress(LandfallError):
-                operations.replicate(
-                    self._site,
-                    VOLUME,
-                    differential=self._drill.options.differential,
-                    attempts=1,
-                    rate_limit_bytes_s=self._drill.options.rate_bytes_s,
-                    route=self._route,
-                    on_order=self._on_order,
-                    tell=teller(self._advance),
-                )
-        except BaseException as error:
-            self._failure = error
-        finally:
-            self._reached.put(None)
-
-    def _on_order(self, transfer: UUID, built: m.Built | None) -> None:
-        self._taken()
-        self.transfer = transfer
-        raw = self._site.node(NodeName.NAS1).fetch(m.FetchDmi(transfer))
-        with frozen_on(self._drill.lab, NodeName.NAS1) as image_of:
-            self._expected = len(raw) + expected_bytes(Dmi.decode(raw), image_of, self._drill.options.differential)
-
-    def _route(self, address: str, port: int) -> tuple[str, int]:
-        """Put the proxy on NAS 2's own address, so that cutting the link cuts what leads to it."""
-        trigger = Trigger(max(1, int(self._drill.options.at * self._expected)), Action.SIGNAL, Direction.UPSTREAM)
-        proxy = Proxy(
-            Endpoint(address, 0),
-            Endpoint(address, port),
-            namespace=self._drill.lab.namespace(NodeName.NAS2),
-            on_event=lambda event: self._reached.put(event) if event.action is Action.SIGNAL else None,
-            trigger=trigger,
-        )
-        self._proxy = self._stack.enter_context(proxy)
-        return proxy.endpoint.host, proxy.endpoint.port
+    START_SOURCE = "start-source"
+    WAKE_SOURCE = "wake-source"
+    HEAL_LINK = "heal-link"
+    START_RECEIVER_AGENT = "start-receiver-agent"
+    START_RECEIVER = "start-receiver"
+    START_MANAGEMENT = "start-management"
 
 
-def _impatient(inventory: Inventory) -> Inventory:
-    """Return the lab's inventory with the drill's own limit for a peer that is silent."""
-    return replace(inventory, silence_limit_s=SILENCE_LIMIT_S)
+class Verdict(StrEnum):
+    """What came of a drill."""
+
+    RECOVERED = "recovered"  # the whole files of the transfer that broke off are served, and the checker found nothing amiss
+    RESUMED = "resumed"  # the transfer went on to its end, and both volumes are equal block by block
+    FAILED = "failed"
 
 
-@contextmanager
-def _inside(namespace: str) -> Iterator[None]:
-    """Put this thread, and those it starts, into a network namespace, and back."""
-    own = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+@dataclass(frozen=True, slots=True)
+class Blow:
+    """A fault after a share of the transfer's bytes."""
+
+    at: float
+    fault: Fault
+
+
+@dataclass(frozen=True, slots=True)
+class Interrupt:
+    """Files change, and are replicated until the last of these."""
+
+    blows: tuple[Blow, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Strike:
+    """A fault while nothing is sent."""
+
+    fault: Fault
+
+
+@dataclass(frozen=True, slots=True)
+class Notified:
+    """The receiver's notification reaches the management node."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mend:
+    """Something is put right."""
+
+    repair: Repair
+
+
+@dataclass(frozen=True, slots=True)
+class Resume:
+    """The transfer goes on to its end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failover:
+    """`landfall failover`. ``refused``: the error's code that it must end with; ``dies_after``: the step after which it is killed."""
+
+    declare_dead: bool = False
+    dies_after: str = ""
+    refused: str = ""
+
+    @property
+    def ends_well(self) -> bool:
+        """Whether the secondary serves afterwards."""
+        return not (self.dies_after or self.refused)
+
+
+Step = Interrupt | Strike | Notified | Mend | Resume | Failover
+
+
+@dataclass(frozen=True, slots=True)
+class Expectation:
+    """What must come of it."""
+
+    verdict: Verdict
+    serves: str
+    gaps: int
+    rpo_s: float
+    rto_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """One scenario."""
+
+    name: str
+    says: str
+    steps: tuple[Step, ...]
+    expect: Expectation
+    labs: tuple[LabKind, ...] = field(default=(LabKind.LOCAL,))
+
+    @property
+    def share(self) -> float:
+        """The share of the bytes after which the last blow of the last interruption comes."""
+        return [step.blows[-1].at for step in self.steps if isinstance(step, Interrupt)][-1]
+
+    def at(self, share: float) -> Scenario:
+        """Return the scenario with every transfer broken off at this share; ConfigInvalid where several things happen to one transfer."""
+        if any(isinstance(step, Interrupt) and len(step.blows) > 1 for step in self.steps):
+            raise ConfigInvalid(f"scenario {self.name} lays down itself when what happens to its transfer", fix="Leave --at away.")
+        moved = (Interrupt((replace(step.blows[0], at=share),)) if isinstance(step, Interrupt) else step for step in self.steps)
+        return replace(self, steps=tuple(moved))
+
+
+def names(folder: Path = FOLDER) -> tuple[str, ...]:
+    """Return the names of all scenarios; none where this is no checkout."""
+    return tuple(sorted(path.stem for path in folder.glob("*.yml")))
+
+
+def read(name: str, folder: Path = FOLDER) -> Scenario:
+    """Return a scenario; ConfigInvalid names the file and the place of whatever is wrong with it."""
+    path = folder / f"{name}.yml"
+    if name not in names(folder):
+        known = ", ".join(names(folder))
+        raise ConfigInvalid(f"there is no scenario {name!r}", fix=f"One of {known}." if known else f"Drills need a checkout: {folder}.")
     try:
-        enter(namespace)
-        yield
-        setns(own)
-    finally:
-        os.close(own)
+        document = yaml.load(path.read_text(encoding="utf-8"), Loader=_Strict)  # noqa: S506 - a SafeLoader
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise ConfigInvalid(f"{path} cannot be read as YAML", cause=" ".join(str(error).split())) from error
+    if not isinstance(document, dict):
+        raise ConfigInvalid(f"{path}: must be a mapping")
+    try:
+        found = _CONVERTER.structure({**document, "name": name}, Scenario)
+    except cattrs.BaseValidationError as error:
+        raise ConfigInvalid(f"{path}: " + "; ".join(cattrs.transform_error(error, format_exception=_in_words))) from error
+    if wrong := _senseless(found):
+        raise ConfigInvalid(f"{path}: {wrong}")
+    return found
+
+
+class _Strict(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML ships no annotations
+    """Refuses a key that stands twice, of which YAML's own loader takes the second."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = [key for number, key in enumerate(keys) if key in keys[:number]]
+        if twice:
+            raise yaml.YAMLError(f"key {twice[0]} stands twice, {node.start_mark}")
+        found: dict[Hashable, Any] = super().construct_mapping(node, deep)
+        return found
+
+
+def _senseless(scenario: Scenario) -> str:
+    """Return what does not fit together; empty if all does."""
+    steps, expect = scenario.steps, scenario.expect
+    if not any(isinstance(step, Interrupt) for step in steps):
+        return "steps: nothing is interrupted"
+    for number, step in enumerate(steps):
+        where = f"steps[{number}]"
+        match step:
+            case Interrupt(blows):
+                shares = [blow.at for blow in blows]
+                if not blows or shares != sorted(set(shares)) or not 0 < shares[0] <= shares[-1] < 1:
+                    return f"{where}: at must rise, between 0 and 1"
+            case Failover(_, dies_after, refused):
+                if dies_after and dies_after not in set(FailoverStep):
+                    return f"{where}.dies_after: must be one of {', '.join(FailoverStep)}"
+                if dies_after and refused:
+                    return f"{where}: a failover that is refused cannot be killed"
+            case _:
+                pass
+    ends = [step for step in steps if isinstance(step, Resume) or (isinstance(step, Failover) and step.ends_well)]
+    wanted = Resume if expect.verdict is Verdict.RESUMED else Failover
+    if expect.verdict is Verdict.FAILED or not ends or not isinstance(ends[-1], wanted):
+        return f"expect.verdict: {expect.verdict} is not what the steps lead to"
+    if expect.serves not in {"nas1", "nas2"}:
+        return "expect.serves: must be nas1 or nas2"
+    if min(expect.gaps, expect.rpo_s, expect.rto_s) < 0:
+        return "expect: nothing can be below 0"
+    return ""
+
+
+_STEPS: Final[dict[str, type[Step]]] = {
+    "interrupt": Interrupt,
+    "strike": Strike,
+    "notified": Notified,
+    "repair": Mend,
+    "resume": Resume,
+    "failover": Failover,
+}
+
+
+def _step(value: Any, _: Any) -> Step:
+    name: str
+    particulars: Any
+    match value:
+        case str():
+            name, particulars = value, {}
+        case dict() if len(value) == 1:
+            ((name, particulars),) = value.items()
+        case _:
+            raise TypeError("must be the name of a step, or a mapping with that name as its only key")
+    if name not in _STEPS:
+        raise ValueError(f"{name!r} is no step; there are {', '.join(_STEPS)}")
+    match name:
+        case "interrupt":
+            particulars = {"blows": particulars}
+        case "strike":
+            particulars = {"fault": particulars}
+        case "repair":
+            particulars = {"repair": particulars}
+        case _:
+            pass
+    if not isinstance(particulars, dict):
+        raise TypeError(f"{name} must be a mapping")
+    made: Step = _CONVERTER.structure(particulars, _STEPS[name])
+    return made
+
+
+def _exactly(allowed: tuple[type, ...]) -> Any:
+    def check(value: Any, _: Any) -> Any:
+        if type(value) not in allowed:
+            raise TypeError(f"is {type(value).__name__}, it must be {allowed[-1].__name__}")
+        return value
+
+    return check
+
+
+def _word(value: Any, kind: type[StrEnum]) -> StrEnum:
+    if value not in set(kind):
+        raise ValueError(f"{value!r} must be one of {', '.join(kind)}")
+    return kind(value)
+
+
+def _converter() -> cattrs.Converter:
+    converter = cattrs.Converter(forbid_extra_keys=True, detailed_validation=True)
+    for kind, allowed in ((bool, (bool,)), (int, (int,)), (str, (str,)), (float, (int, float))):
+        converter.register_structure_hook(kind, _exactly(allowed))
+    for words in (Fault, Repair, Verdict, LabKind):
+        converter.register_structure_hook(words, _word)
+    converter.register_structure_hook_func(lambda kind: kind == Step, _step)
+    return converter
+
+
+_CONVERTER: Final = _converter()
+
+
+def _in_words(error: BaseException, kind: type[Any] | None) -> str:
+    match error:
+        case cattrs.ForbiddenExtraKeysError():
+            return "unknown key " + ", ".join(sorted(map(str, error.extra_fields)))
+        case KeyError():
+            return f"key {error.args[0]} is missing"
+        case TypeError() if "not iterable" in str(error):
+            return "must be a list"
+        case _:
+            return str(error)

@@ -5,15 +5,13 @@ Which step is next is what the journal says; nothing else is remembered. If we d
 
 from __future__ import annotations
 
-import os
-import pwd
-import socket
+import contextlib
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Final
 
 from agent.contract import messages as m
-from agent.contract.errors import FenceUnproved, LandfallError, NoSuchVolume
+from agent.contract.errors import DeviceFailed, FenceUnproved, LandfallError, NoSuchVolume
 from agent.system.clock import wall_ns
 from agent.system.failpoint import failpoint
 from mgmt.catalog import VolumeEntry
@@ -24,7 +22,7 @@ from mgmt.failover.steps import ACTIONS, Work
 from mgmt.failover.witness import look
 from mgmt.run import notices
 from mgmt.run.roles import roles_of
-from mgmt.run.site import Site, Teller, nobody
+from mgmt.run.site import Site, Teller, nobody, operator
 from mgmt.run.volumes import facts_of
 
 Decision = Callable[[Plan], bool]
@@ -61,7 +59,7 @@ def failover(
             made = _planned(site, entry, wish, keep=True)
             if not decide(made):
                 return None
-            current = journal.begin(made, _operator(), _lost(site, made) if lost_ns is None else lost_ns)
+            current = journal.begin(made, operator(), _lost(site, made) if lost_ns is None else lost_ns)
         return _carried_out(Work(site, journal, current, confirmed, tell))
 
 
@@ -97,10 +95,9 @@ def _seen(site: Site, entry: VolumeEntry) -> Facts:
     target = site.node(entry.secondary)
     source = None
     if sight.agent:
-        try:
+        # One that was made anew holds nothing; one whose disk failed can say nothing, and that must not keep the other from taking over.
+        with contextlib.suppress(NoSuchVolume, DeviceFailed):
             source = facts_of(site.node(entry.primary), entry.id)
-        except NoSuchVolume:
-            source = None  # it was made anew since, and holds nothing
     receptions = tuple(found for found in target.ask(m.ListTransfers()).transfers if found.volume == entry.id and not found.sending)
     return Facts(
         entry,
@@ -165,11 +162,3 @@ def _lost(site: Site, made: Plan) -> int:
     ordered = site.catalog.transfer(made.transfer)
     ended = [ordered.ended_ns] if ordered is not None and ordered.ended_ns is not None and ordered.ending else []
     return min([now, *said, *ended])
-
-
-def _operator() -> str:
-    try:
-        user = pwd.getpwuid(os.getuid()).pw_name
-    except KeyError:
-        user = str(os.getuid())
-    return f"{user}@{socket.gethostname()}"

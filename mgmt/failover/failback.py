@@ -7,17 +7,16 @@ demoted already, the lists are made again, the transfer resumes.
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 from agent.contract import messages as m
 from agent.contract.dmi import Dmi
 from agent.contract.errors import NoSuchTransfer, PrimaryAlive
-from agent.contract.identity import GenerationId, GenerationKind
+from agent.contract.identity import GenerationId, GenerationKind, empty_generation
 from agent.system.clock import wall_ns
 from agent.system.failpoint import failpoint
 from agent.system.files import write_durably
@@ -26,7 +25,8 @@ from mgmt.failover.account import Account
 from mgmt.failover.driver import failover
 from mgmt.failover.journal import Journal
 from mgmt.failover.plan import Wish
-from mgmt.failover.returned import Comparison, compare
+from mgmt.failover.rescue import lists_folder
+from mgmt.failover.returned import Comparison, Returned, compare
 from mgmt.run import replication
 from mgmt.run.site import Site, Teller, nobody
 from mgmt.run.volumes import facts_of, follow_roles
@@ -113,7 +113,9 @@ def _follow(site: Site, entry: VolumeEntry, returned: str, kept: m.GenerationFac
     served = Dmi.decode(primary.fetch(m.FetchDmi(order.transfer)))
     theirs = _changes(site, entry, returned, order.base, kept.id, tell) if kept else None
     comparison = compare(theirs, served)
-    path = _stored(site, entry, kept.id.name if kept else "nothing", comparison)
+    path = _stored(
+        site, entry.id, Returned(returned, entry.primary, kept.id if kept else empty_generation(entry.id), order.base, comparison)
+    )
     failpoint("failback.after_lists")
     done = replication.replicate(site, entry.name, tell=tell, within_failover=True)
     site.catalog.end_split_brain(entry.id)
@@ -157,10 +159,10 @@ def _changes(site: Site, entry: VolumeEntry, node: str, base: GenerationId, targ
             asked.ask(m.DiscardTransfer(number))
 
 
-def _stored(site: Site, entry: VolumeEntry, kept: str, comparison: Comparison) -> Path:
+def _stored(site: Site, volume: UUID, lists: Returned) -> Path:
     """Keep the lists where they outlive both nodes."""
-    folder = site.inventory.state_dir / "returned" / str(entry.id)
+    folder = lists_folder(site, volume)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    path = folder / f"{kept}.json"
-    write_durably(path, json.dumps(m.to_document(comparison), ensure_ascii=True).encode() + b"\n")
+    path = folder / f"{lists.kept.name}.json"
+    write_durably(path, lists.to_json().encode() + b"\n")
     return path

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from enum import StrEnum
 
 import numpy as np
 
 from agent.contract.dmi import Change, Dmi
-from agent.contract.messages import Outcome
+from agent.contract.errors import RequestRefused
+from agent.contract.identity import GenerationId
+from agent.contract.messages import Outcome, from_document, to_document
 from mgmt.report import FileAccount, accounts_of
 
 DIRECTORY = "directory"
@@ -59,6 +62,29 @@ class Comparison:
 
     held: tuple[HeldFile, ...]
     changed: tuple[ChangedFile, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Returned:
+    """What was found out when a node returned: the lists, and what they are of."""
+
+    node: str
+    primary: str  # that took over
+    kept: GenerationId  # what the node held of its own; g0 if that was nothing
+    base: GenerationId  # the newest generation that both had
+    comparison: Comparison
+
+    def to_json(self) -> str:
+        """Return it as JSON: ASCII, names with bytes that are not UTF-8 as lone surrogates."""
+        return json.dumps(to_document(self), ensure_ascii=True)
+
+    @staticmethod
+    def from_json(text: str) -> Returned:
+        """Return what ``to_json`` wrote; RequestRefused if it is none."""
+        try:
+            return from_document(json.loads(text), Returned)
+        except ValueError as error:
+            raise RequestRefused("not JSON", cause=str(error)) from error
 
 
 def compare(kept: Dmi | None, served: Dmi) -> Comparison:

@@ -9,6 +9,8 @@ from mgmt.failover.account import Account
 from mgmt.failover.failback import Followed
 from mgmt.failover.plan import Plan, Step
 from mgmt.failover.rehearsal import Rehearsal
+from mgmt.failover.rescue import Rescued, RescuePlan
+from mgmt.failover.returned import HeldFile, Returned
 from mgmt.terminal import Sheet
 from mgmt.view import bytes_words, moment
 
@@ -59,17 +61,41 @@ def followed_document(followed: Followed) -> dict[str, Any]:
 def followed_sheets(followed: Followed, rows: int) -> list[Sheet]:
     """Return the two lists as tables, ``rows`` files of each; the stored lists have all."""
     held = followed.comparison.held
-    listed = tuple(
-        (found.there.value, found.here.value, bytes_words(found.size_bytes), moment(found.mtime_ns), found.path) for found in held[:rows]
-    )
     more = f"{len(held) - rows:,} more; " if len(held) > rows else ""
-    return [
-        Sheet(
-            (f"on {followed.node}", f"on {followed.primary}", "size", "changed", f"file that only {followed.node} has like this"),
-            listed,
-            f"{followed.sentence}. {more}all are in {followed.lists}",
-        )
-    ]
+    fetch = f"; `landfall rescue {followed.volume}` brings what is wanted of it" if held else ""
+    return [_held(followed.node, followed.primary, held[:rows], f"{followed.sentence}. {more}all are in {followed.lists}{fetch}")]
+
+
+def held_sheet(lists: Returned, rows: int) -> Sheet:
+    """Return what a node that returned still holds as a table of ``rows`` files."""
+    held = lists.comparison.held
+    more = f", {len(held) - rows:,} of them not shown (--rows, --json)" if len(held) > rows else ""
+    return _held(lists.node, lists.primary, held[:rows], f"{len(held):,} files are kept in {lists.node}'s {lists.kept.name}{more}.")
+
+
+def conflicts_sheet(plan: RescuePlan, rows: int) -> Sheet:
+    """Return the files that a rescue would replace although they were changed meanwhile."""
+    count = len(plan.conflicts)
+    note = (
+        f"{count:,} files were changed on {plan.lists.primary} meanwhile, and would be replaced."
+        if count
+        else "Nothing in the way is known."
+    )
+    return _held(plan.lists.node, plan.lists.primary, plan.conflicts[:rows], note)
+
+
+def placed_sheet(done: Rescued, rows: int) -> Sheet:
+    """Return where rescued files are."""
+    refused = {found.path for found in done.refused}
+    placed = tuple((found.path, found.at) for found in done.placed if found.path not in refused)
+    return Sheet((f"file of {done.node}", "is now at"), placed[:rows], f"{len(placed) - rows:,} more." if len(placed) > rows else "")
+
+
+def _held(node: str, primary: str, files: tuple[HeldFile, ...], note: str) -> Sheet:
+    listed = tuple(
+        (found.there.value, found.here.value, bytes_words(found.size_bytes), moment(found.mtime_ns), found.path) for found in files
+    )
+    return Sheet((f"on {node}", f"on {primary}", "size", "changed", f"file that only {node} has like this"), listed, note)
 
 
 def rehearsal_document(found: Rehearsal) -> dict[str, Any]:

@@ -12,6 +12,6 @@ node       what runs as a node's first process
 control    asking a node's first process for something
 processes  a lab's processes, and their end
 remains    what a lab, alive or broken, has left on the machine, and taking it away
-lifecycle  up, down, kill, start, cut, heal
+lifecycle  up, down, kill, start, pause, wake, cut, heal
 proxy      a TCP proxy that does something at an exact byte
 """

@@ -40,6 +40,8 @@ class NodeName(StrEnum):
         return {"mgmt": "fd77::1", "nas1": "fd77::11", "nas2": "fd77::12"}[self.value]
 
 
+CLIENTS_ADDRESS = "10.77.0.200"
+"""Where the lab's clients are; they are no node, and nothing of Landfall runs there."""
 NAS_NODES = (NodeName.NAS1, NodeName.NAS2)
 
 
@@ -97,9 +99,14 @@ class Lab:
         return f"{self.prefix}-switch"
 
     @property
+    def clients(self) -> str:
+        """The name of the namespace in which clients live: on the nodes' network, cut from nobody that has power."""
+        return f"{self.prefix}-clients"
+
+    @property
     def namespaces(self) -> list[str]:
         """The names of all its namespaces."""
-        return [self.switch, *(self.namespace(node) for node in NodeName)]
+        return [self.switch, *(self.namespace(node) for node in NodeName), self.clients]
 
     @property
     def alias(self) -> str:

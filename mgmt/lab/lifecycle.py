@@ -1,4 +1,4 @@
-"""Up, down, kill, start, cut, heal: what one does with a lab.
+"""Up, down, kill, start, pause, wake, cut, heal: what one does with a lab.
 
 Every function works from the lab's directory alone, so that each may run in another process than the one before.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -129,6 +130,12 @@ def kill(lab: Lab, node: NodeName) -> Outcome:
     return Outcome.DONE if did else Outcome.ALREADY
 
 
+def cut_off(lab: Lab, node: NodeName) -> None:
+    """Guarantee that no packet passes the node's port, until it is started, woken, or a cut is made or healed."""
+    _require_up(lab)
+    _switch(lab, off=frozenset({node}))
+
+
 def start_node(lab: Lab, node: NodeName) -> Outcome:
     """Guarantee that the node runs, with the disks it had."""
     _require_up(lab)
@@ -136,6 +143,20 @@ def start_node(lab: Lab, node: NodeName) -> Outcome:
         return Outcome.ALREADY
     _boot(lab, [node])
     return Outcome.DONE
+
+
+def pause(lab: Lab, node: NodeName) -> None:
+    """Guarantee that no process of the node runs and no packet of it passes, as of a virtual machine that is paused."""
+    _require_up(lab)
+    processes.signal_node(lab, node, signal.SIGSTOP)
+    _switch(lab, off=frozenset({node}))
+
+
+def wake(lab: Lab, node: NodeName) -> None:
+    """Guarantee that a node which was paused goes on where it was."""
+    _require_up(lab)
+    processes.signal_node(lab, node, signal.SIGCONT)
+    _switch(lab, on=frozenset({node}))
 
 
 def cut(lab: Lab, one: NodeName, other: NodeName) -> Outcome:
@@ -250,8 +271,9 @@ def _change_cuts(lab: Lab, *, add: frozenset[Pair], remove: frozenset[Pair]) -> 
 
 
 def _switch(lab: Lab, *, on: frozenset[NodeName] = frozenset(), off: frozenset[NodeName] = frozenset()) -> None:
-    """Let the switch be as the record of cuts says; a node without power, or about to lose it (``off``), is silent."""
-    silent = {node for node in NodeName if processes.first_process(lab, node) is None}
+    """Let the switch be as the record of cuts says; a node that is paused or without power, or about to be (``off``), is silent."""
+    first = {node: processes.first_process(lab, node) for node in NodeName}
+    silent = {node for node, pid in first.items() if pid is None or processes.is_stopped(pid)}
     network.apply_cuts(lab, read_cuts(lab.cuts_path), frozenset((silent | off) - on))
 
 

@@ -1,4 +1,4 @@
-"""The lab's network: a namespace for each node, a fourth for the switch, so that the machine's own network is not touched.
+"""The lab's network: a namespace for each node, one for clients, one for the switch, so that the machine's own network is not touched.
 
 Facts: the bridge port flag `isolated` is IFLA_BRPORT_ISOLATED of rtnetlink(7); a namespace is named by a bind mount of its
 nsfs file below /run/netns, as `ip netns` does.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+from collections.abc import Mapping
 from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
@@ -20,7 +21,7 @@ from agent.contract.errors import NotOurs
 from agent.system.failpoint import failpoint
 from agent.system.run import run
 from mgmt.lab.cuts import Pair, Port, ports
-from mgmt.lab.layout import NAMESPACES, Lab, NodeName
+from mgmt.lab.layout import CLIENTS_ADDRESS, NAMESPACES, Lab, NodeName
 from mgmt.lab.namespace import with_links
 
 BRIDGE = "switch"
@@ -35,7 +36,8 @@ def create(lab: Lab) -> None:
         _create_namespace(lab, name)
     with_links(lab.switch, lambda switch: _make_switch(lab, switch))
     for node in NodeName:
-        with_links(lab.namespace(node), partial(_address, node))
+        with_links(lab.namespace(node), partial(_address, {node.address: 24, node.address6: 64}))
+    with_links(lab.clients, partial(_address, {CLIENTS_ADDRESS: 24}))
 
 
 def apply_cuts(lab: Lab, cut: frozenset[Pair], off: frozenset[NodeName]) -> None:
@@ -115,18 +117,19 @@ def _make_switch(lab: Lab, switch: IPRoute) -> None:
     switch.link("add", ifname=BRIDGE, kind="bridge", br_stp_state=0, br_mcast_snooping=0)
     bridge = _index(switch, BRIDGE)
     switch.link("set", index=bridge, state="up")
-    for node in NodeName:
-        with open(path_of(lab.namespace(node)), "rb") as namespace:
-            switch.link("add", ifname=str(node), kind="veth", peer={"ifname": LINK, "net_ns_fd": namespace.fileno()})
-        switch.link("set", index=_index(switch, node), master=bridge, state="up")
+    ports_to = {**{str(node): lab.namespace(node) for node in NodeName}, "clients": lab.clients}
+    for port, name in ports_to.items():
+        with open(path_of(name), "rb") as namespace:
+            switch.link("add", ifname=port, kind="veth", peer={"ifname": LINK, "net_ns_fd": namespace.fileno()})
+        switch.link("set", index=_index(switch, port), master=bridge, state="up")
 
 
-def _address(node: NodeName, links: IPRoute) -> None:
+def _address(addresses: Mapping[str, int], links: IPRoute) -> None:
     link = _index(links, LINK)
     links.link("set", index=link, state="up")
-    links.addr("add", index=link, address=node.address, prefixlen=24)
-    # Duplicate address detection would take a second, and these addresses are nobody else's.
-    links.addr("add", index=link, address=node.address6, prefixlen=64, flags=IFA_F_NODAD)
+    for address, length in addresses.items():
+        # Duplicate address detection would take a second, and these addresses are nobody else's.
+        links.addr("add", index=link, address=address, prefixlen=length, **({"flags": IFA_F_NODAD} if ":" in address else {}))
 
 
 def _forget_neighbours(links: IPRoute) -> None:

@@ -52,18 +52,40 @@ def kill(pids: Iterable[int], limit_s: float) -> list[int]:
                 os.waitpid(pid, os.WNOHANG)
 
 
+def signal_node(lab: Lab, node: NodeName, number: signal.Signals) -> None:
+    """Send a signal to every process of a node, the first one first, so that it starts none meanwhile.
+
+    Who waits for the first process outside (unshare) is spared: it would hold the node's mounts after the node's death.
+    """
+    of_node = [pid for pid in inside(lab, [lab.namespace(node)]) if _inner_pid(pid)]
+    for pid in sorted(of_node, key=lambda pid: not _is_first(pid)):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether a process was stopped by a signal; False if it is gone."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[0] == "T"
+    return False
+
+
 def _gone(descriptor: int, limit_s: float) -> bool:
     readable, _, _ = select.select([descriptor], [], [], limit_s)
     return bool(readable)
 
 
 def _is_first(pid: int) -> bool:
+    return _inner_pid(pid) == "1"
+
+
+def _inner_pid(pid: int) -> str:
+    """Return a process's pid as its node counts; empty if it is in no PID namespace but ours, or is gone."""
     with contextlib.suppress(OSError):
         for line in Path(f"/proc/{pid}/status").read_text(encoding="utf-8", errors="replace").splitlines():
             if line.startswith("NSpid:"):
-                inner = line.split()[2:]
-                return inner[-1:] == ["1"]
-    return False
+                return "".join(line.split()[2:][-1:])
+    return ""
 
 
 def _ancestors(pid: int) -> Iterator[int]:

@@ -2,10 +2,11 @@
 
 site          what operations work on: configuration, catalog, authority, the nodes
 roles         who is primary: the agents say so, the catalog follows
-volumes       add a volume, list, lay down its policy, serve it or stop
+volumes       add or adopt a volume, list, lay down its policy, serve it or stop
 notices       notifications fetched, stored, acknowledged
 retention     generations let go, and held
 replication   a generation, its differential, a transfer, resumed while both nodes live; discard
+together      generations of several volumes, of one moment
 removal       the end of a volume
 restoring     single files from a generation
 standing      how a volume stands: both sides' facts, open transfers with their gauge
@@ -24,8 +25,9 @@ from mgmt.run.salvage import Salvage, newest_statement, undo, verdicts
 from mgmt.run.salvage import salvage as salvage_volume
 from mgmt.run.site import Site, Teller
 from mgmt.run.standing import NodeView, Standing, gauge_of, standing
+from mgmt.run.together import Together, prepare_together, replicate_together
 from mgmt.run.verification import Damage, Verified, verify
-from mgmt.run.volumes import add_volume, grow_volume, list_volumes, move_address, serve, set_volume, unserve
+from mgmt.run.volumes import add_volume, adopt_volume, grow_volume, list_volumes, move_address, serve, set_volume, unserve
 
 __all__ = [
     "CheckState",
@@ -38,8 +40,10 @@ __all__ = [
     "Site",
     "Standing",
     "Teller",
+    "Together",
     "Verified",
     "add_volume",
+    "adopt_volume",
     "collect",
     "discard",
     "gauge_of",
@@ -50,9 +54,11 @@ __all__ = [
     "newest_statement",
     "preflight",
     "prepare",
+    "prepare_together",
     "release_hold",
     "remove_volume",
     "replicate",
+    "replicate_together",
     "restore",
     "salvage_volume",
     "serve",

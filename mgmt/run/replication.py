@@ -98,7 +98,7 @@ def replicate(
     begun = monotonic_s()
     entry = site.catalog.volume(name)
     if not within_failover:
-        _refuse_contested(site, entry)
+        refuse_contested(site, entry)
     order = _prepared(site, entry, differential, tell)
     record = TransferEntry(order.transfer, entry.id, order.base, order.target, differential, wall_ns())
     site.catalog.begin_transfer(record)
@@ -153,7 +153,7 @@ def prepare(
     """
     entry = site.catalog.volume(name)
     if not within_failover:
-        _refuse_contested(site, entry)
+        refuse_contested(site, entry)
     return _prepared(site, entry, differential, tell)
 
 
@@ -189,7 +189,7 @@ def discard(site: Site, name: str, transfer: UUID | None = None) -> list[tuple[U
     return gone
 
 
-def _refuse_contested(site: Site, entry: VolumeEntry) -> None:
+def refuse_contested(site: Site, entry: VolumeEntry) -> None:
     """SplitBrain or FailoverBusy while it is not settled which node's content is the volume."""
     if node := site.catalog.split_brain(entry.id):
         raise SplitBrain(
@@ -222,10 +222,10 @@ def _discard_overtaken(site: Site, entry: VolumeEntry, committed: GenerationId) 
 
 
 def _prepared(site: Site, entry: VolumeEntry, differential: m.Differential, tell: Teller) -> Prepared:
-    return _continued(site, entry) or _ordered(site, entry, differential, tell)
+    return continued(site, entry) or _ordered(site, entry, differential, tell)
 
 
-def _continued(site: Site, entry: VolumeEntry) -> Prepared | None:
+def continued(site: Site, entry: VolumeEntry) -> Prepared | None:
     """Return the transfer that the primary can go on with, newest first; None if there is none."""
     primary, secondary = site.node(entry.primary), site.node(entry.secondary)
     here = {facts.id for facts in facts_of(secondary, entry.id).generations} | {empty_generation(entry.id)}
@@ -258,8 +258,12 @@ def _continued(site: Site, entry: VolumeEntry) -> Prepared | None:
 
 def _ordered(site: Site, entry: VolumeEntry, differential: m.Differential, tell: Teller) -> Prepared:
     """Return a new transfer: the newest generation both nodes hold to one that is taken now."""
+    return built(site, entry, site.node(entry.primary).ask(m.TakeGeneration(entry.id)), differential, tell)
+
+
+def built(site: Site, entry: VolumeEntry, taken: m.Taken, differential: m.Differential, tell: Teller) -> Prepared:
+    """Return a new transfer: the newest generation both nodes hold to one that was just taken, which is dropped if that fails."""
     primary, secondary = site.node(entry.primary), site.node(entry.secondary)
-    taken = primary.ask(m.TakeGeneration(entry.id))
     target = taken.generation.id
     try:
         base = newest_common(facts_of(primary, entry.id), facts_of(secondary, entry.id))
@@ -269,13 +273,13 @@ def _ordered(site: Site, entry: VolumeEntry, differential: m.Differential, tell:
         # Recorded before it is ordered: if we die here, the agents' own lists and this entry agree on what it was for.
         site.catalog.begin_transfer(TransferEntry(transfer, entry.id, base, target, differential, wall_ns()))
         order = m.BuildTransfer(transfer, base, target, entry.priorities)
-        built = primary.ask(order, lambda progress: tell(entry.primary, progress))
+        made = primary.ask(order, lambda progress: tell(entry.primary, progress))
     except LandfallError:
         # It is of no transfer, and a schedule that meets the same refusal each time would fill the pool with such.
         with contextlib.suppress(LandfallError):
             primary.ask(m.DropGeneration(target))
         raise
-    return Prepared(transfer, base, target, False, taken.frozen_ms, built)
+    return Prepared(transfer, base, target, False, taken.frozen_ms, made)
 
 
 def newest_common(primary: m.VolumeFacts, secondary: m.VolumeFacts) -> GenerationId:

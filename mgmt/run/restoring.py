@@ -17,16 +17,17 @@ def restore(site: Site, name: str, generation: str, paths: tuple[str, ...], *, f
     Without ``node`` it is the one that serves the volume. NoSuchGeneration if that node does not hold it.
     """
     entry = site.catalog.volume(name)
-    server = node or _server(site, entry.id, (entry.primary, entry.secondary))
+    server = node or server_of(site, entry.id, (entry.primary, entry.secondary))
     held = facts_of(site.node(server), entry.id).generations
     chosen = next((facts.id for facts in held if facts.id.name == generation), None)
     if chosen is None:
         fix = f"It holds {', '.join(facts.id.name for facts in held if facts.id.counter)}."
         raise NoSuchGeneration(f"{server} does not hold generation {generation} of volume {name}", fix=fix)
-    return site.node(server).ask(m.RestoreFiles(chosen, paths, folder))
+    files = tuple(m.PlacedFile(path, f"{folder}/{path}" if folder else path) for path in paths)
+    return site.node(server).ask(m.RestoreFiles(chosen, files))
 
 
-def _server(site: Site, volume: UUID, nodes: tuple[str, str]) -> str:
+def server_of(site: Site, volume: UUID, nodes: tuple[str, str]) -> str:
     """Return the node that serves a volume, the first where none does or it does not answer: that one says so."""
     for name in nodes:
         with contextlib.suppress(LandfallError):

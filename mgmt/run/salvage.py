@@ -8,9 +8,6 @@ the base on its own, and the same command says what became of it.
 
 from __future__ import annotations
 
-import os
-import pwd
-import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from uuid import UUID
@@ -28,7 +25,7 @@ from mgmt.catalog import VolumeEntry
 from mgmt.determination import Determination, determine, members_of
 from mgmt.report import Circumstances, LossStatement, Seconds, state
 from mgmt.run import notices
-from mgmt.run.site import Site, Teller, nobody, release
+from mgmt.run.site import Site, Teller, nobody, operator, release
 
 CONNECT_LIMIT_S = 60.0
 """How long an agent that listens waits for its peer's first stream."""
@@ -192,8 +189,4 @@ def _detect_s(site: Site, transfer: UUID) -> float:
 
 
 def _circumstances(entry: VolumeEntry) -> Circumstances:
-    try:
-        user = pwd.getpwuid(os.getuid()).pw_name
-    except KeyError:
-        user = str(os.getuid())
-    return Circumstances(entry.primary, entry.secondary, f"{user}@{socket.gethostname()}", wall_ns(), release())
+    return Circumstances(entry.primary, entry.secondary, operator(), wall_ns(), release())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import pwd
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -135,6 +137,15 @@ class Site:
         folder = self.inventory.state_dir / "transfers" / str(transfer)
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         return folder
+
+
+def operator() -> str:
+    """Return who gives the orders: the user and machine of this process."""
+    try:
+        user = pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        user = str(os.getuid())
+    return f"{user}@{socket.gethostname()}"
 
 
 def release() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -62,6 +63,58 @@ def add_volume(
     if address:
         one.ask(m.TakeAddress(entry.id, address))
     other.ask(m.AdmitReplica(entry.id, name, filesystem, size_bytes, sector_bytes))
+    return facts
+
+
+def adopt_volume(
+    site: Site,
+    name: str,
+    source: str,
+    *,
+    primary: str,
+    secondary: str,
+    policy: Policy | None = None,
+    priorities: tuple[tuple[str, int], ...] = (),
+    address: str = "",
+    agree: Callable[[m.Appraised], bool] = lambda found: True,
+) -> m.VolumeFacts | None:
+    """Return the volume that an existing filesystem of the primary has become in place, as the primary serves it; None if ``agree``,
+    told what it is, said no.
+
+    It is looked at before anything is recorded. If we die after that, the same command finishes what is missing.
+    """
+    volume_name(name)
+    one, other = site.node(primary), site.node(secondary)
+    for node in (primary, secondary):
+        site.hello(node)
+    entry = next((found for found in site.catalog.volumes() if found.name.lower() == name.lower()), None)
+    if entry is not None and (entry.name, entry.primary, entry.secondary, entry.epoch) != (name, primary, secondary, 1):
+        raise VolumeExists(f"there is another volume {entry.name} already")
+    begun = _held(one, entry.id) if entry is not None else None
+    if begun is None:
+        if entry is not None:  # nothing came of it
+            site.catalog.forget_volume(entry.id)
+            entry = None
+        found = one.ask(m.AppraiseVolume(source))
+        if not agree(found):
+            return None
+        kind, size_bytes, sector_bytes = found.filesystem, found.size_bytes, found.sector_bytes
+    else:
+        kind, size_bytes, sector_bytes = begun.filesystem, begun.size_bytes, begun.sector_bytes
+    if entry is None:
+        entry = VolumeEntry(uuid4(), name, primary, secondary, kind, size_bytes, policy or Policy(), priorities, address=address)
+        site.catalog.add_volume(entry)
+    try:
+        facts = one.ask(m.AdoptVolume(entry.id, name, kind, size_bytes, sector_bytes, source))
+    except NodeUnreachable:
+        raise  # it may have been adopted: the entry stays, so that the same command finds it
+    except LandfallError:
+        if _held(one, entry.id) is None:
+            site.catalog.forget_volume(entry.id)
+        raise
+    if entry.address:
+        one.ask(m.TakeAddress(entry.id, entry.address))
+    other.ask(m.AdmitReplica(entry.id, name, kind, size_bytes, sector_bytes))
     return facts
 
 

@@ -39,7 +39,7 @@ def watch(inventory: Inventory, say: Callable[[str], None], *, once: bool = Fals
     with Site(inventory) as site:
         watching = Watch(lambda: Site(inventory), lambda job, name: _start(jobs, job, name))
         if inventory.metrics_port:
-            metrics.serve(watching, inventory.metrics_address, inventory.metrics_port)
+            metrics.serve(watching, inventory.state_dir, inventory.metrics_address, inventory.metrics_port)
         said: set[str] = set()
         while True:
             sentences = watching.cycle(site)

@@ -8,8 +8,6 @@ and Python allow.
 
 from __future__ import annotations
 
-import argparse
-import json
 import mmap
 import os
 import shutil
@@ -19,15 +17,13 @@ import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from agent.blockio.copy import copy
-from agent.system.clock import monotonic_s
 from agent.system.run import run
+from tests.bench.harness import Figure, alternating, keep, machine, parsed, parser
 from tests.storage.loop_devices import attached
-
-ROOT = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)
@@ -41,18 +37,29 @@ class Measured:
     ratio_to_with_digests: dict[str, float]
 
 
-def main(arguments: Sequence[str] = ()) -> Measured:
-    """Measure, print, and write build/bench/copy.json."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--size-mib", type=int, default=2048)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--folder", type=Path, default=ROOT / "build" / "bench")
-    asked = parser.parse_args(arguments)
-    asked.folder.mkdir(parents=True, exist_ok=True)
+def main(arguments: Sequence[str] = ()) -> int:
+    """Measure, print, and write build/bench/copy.json; return the exit status."""
+    options = parser(__doc__)
+    options.add_argument("--size-mib", type=int, default=2048)
+    asked = parsed(options, arguments)
+    if asked.short:
+        asked.size_mib, asked.rounds = 256, 3
+    described = machine()
     measured = measure(asked.size_mib, asked.rounds, asked.folder)
-    (asked.folder / "copy.json").write_text(json.dumps(asdict(measured), indent=1))
-    sys.stdout.write(json.dumps(asdict(measured), indent=1) + "\n")
-    return measured
+    rivals = [name for name in measured.ratio_to if name != "probe"]
+    found = [
+        Figure(
+            "sequential copy: times as fast as the best of dd, qemu-img and nbdcopy",
+            min(measured.ratio_to[name] for name in rivals),
+            1.0,
+            gross=0.4,
+        )
+    ]
+    found += [Figure(f"sequential copy: times as fast as {name}", measured.ratio_to[name]) for name in measured.ratio_to]
+    found += [
+        Figure(f"sequential copy with digests: times as fast as {name}", measured.ratio_to_with_digests[name]) for name in measured.ratio_to
+    ]
+    return keep(asked, "copy", measured, found, described)
 
 
 def measure(size_mib: int, rounds: int, folder: Path) -> Measured:
@@ -61,13 +68,7 @@ def measure(size_mib: int, rounds: int, folder: Path) -> Measured:
         work = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=folder)))
         source, target = (stack.enter_context(attached(make(work / name, size_mib))) for name in ("source", "target"))
         tools = {name: tool for name, tool in copiers(source, target).items() if tool is not None}
-        seconds: dict[str, list[float]] = {name: [] for name in tools}
-        names = list(tools)
-        for number in range(rounds):
-            for name in names[number % len(names) :] + names[: number % len(names)]:  # nobody is always first
-                begun = monotonic_s()
-                tools[name]()
-                seconds[name].append(monotonic_s() - begun)
+        seconds = alternating(tools, rounds)
     speed = {name: round(size_mib * 1.048576 / statistics.median(each), 1) for name, each in seconds.items()}
     peers = [name for name in speed if not name.startswith("landfall")]
     return Measured(
@@ -126,4 +127,4 @@ def make(image: Path, size_mib: int) -> Path:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

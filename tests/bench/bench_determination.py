@@ -10,6 +10,7 @@ import json
 import resource
 import statistics
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from uuid import UUID
 
@@ -21,6 +22,7 @@ from agent.contract.identity import FilesystemKind, GenerationId, empty_generati
 from agent.system.clock import monotonic_s
 from agent.system.run import run
 from mgmt.determination import Policy, determine, gauge
+from tests.bench.harness import Figure, keep, machine, parsed, parser
 
 FILES = 1_000_000
 RUNS = 5
@@ -29,7 +31,7 @@ GOALS = {10_000_000: (1.0, 2 << 30), 100_000_000: (3.0, 4 << 30)}
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class One:
     """Median seconds of several runs, and the peak of the process."""
 
     files: int
@@ -39,11 +41,12 @@ class Measured:
     gauge_s: float
     peak_bytes: int
 
-    @property
-    def within_goal(self) -> bool:
-        """Whether the goal is met."""
-        seconds, peak_bytes = GOALS[self.pieces]
-        return self.determine_s <= seconds and self.peak_bytes <= peak_bytes
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Every size that was measured."""
+
+    sizes: list[One]
 
 
 def make(files: int, pieces: int) -> tuple[Dmi, ArrivalRecord]:
@@ -72,7 +75,7 @@ def make(files: int, pieces: int) -> tuple[Dmi, ArrivalRecord]:
     return Dmi(head, **columns), ArrivalRecord(transfer, bytes(16), bits, 0, 0)
 
 
-def measure(files: int, pieces: int) -> Measured:
+def measure(files: int, pieces: int) -> One:
     """Return the measurement, made in this process."""
     dmi, arrival = make(files, pieces)
     determining, gauging, recovered = [], [], 0
@@ -84,27 +87,32 @@ def measure(files: int, pieces: int) -> Measured:
         gauge(dmi, arrival)
         gauging.append(monotonic_s() - begun)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return Measured(files, pieces, recovered, statistics.median(determining), statistics.median(gauging), peak)
+    return One(files, pieces, recovered, statistics.median(determining), statistics.median(gauging), peak)
 
 
-def main() -> list[Measured]:
-    """Return the measurements, each of a process of its own, and print them."""
-    found = []
-    for pieces, (seconds, peak_bytes) in GOALS.items():
-        output = run([sys.executable, "-m", "tests.bench.bench_determination", str(pieces)], timeout_s=600)
-        measured = Measured(**json.loads(output.text))
-        verdict = "within" if measured.within_goal else "MISSED"
-        sys.stdout.write(
-            f"determination: {measured.files:,} files, {measured.pieces:,} pieces: {measured.determine_s:.2f} s, "
-            f"gauge {measured.gauge_s:.2f} s, peak {measured.peak_bytes / 2**20:.0f} MiB "
-            f"(goal {seconds:g} s, {peak_bytes >> 20} MiB: {verdict})\n"
-        )
+def main(arguments: Sequence[str] = ()) -> int:
+    """Measure, each in a process of its own, print, and write build/bench/determination.json; return the exit status."""
+    asked = parsed(parser(__doc__), arguments)
+    described = machine()
+    wanted = {1_000_000: (0.1, 1 << 30)} if asked.short else GOALS
+    found, figures = [], []
+    for pieces, (seconds, peak_bytes) in wanted.items():
+        files = min(FILES, pieces // 10)
+        output = run([sys.executable, "-m", "tests.bench.bench_determination", "--one", str(files), str(pieces)], timeout_s=600)
+        measured = One(**json.loads(output.text))
+        what = f"determination of {files:,} files and {pieces:,} pieces"
+        figures += [
+            Figure(what, measured.determine_s, seconds, "s", more_is_better=False),
+            Figure(f"{what}: peak of memory", measured.peak_bytes / 2**30, peak_bytes / 2**30, "GiB", more_is_better=False),
+            Figure(f"{what}: the gauge", measured.gauge_s, unit="s"),
+        ]
         found.append(measured)
-    return found
+    return keep(asked, "determination", Measured(found), figures, described)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:]:
-        sys.stdout.write(json.dumps(asdict(measure(FILES, int(sys.argv[1])))))
-    else:
-        main()
+    match sys.argv[1:]:
+        case ["--one", files, pieces]:
+            sys.stdout.write(json.dumps(asdict(measure(int(files), int(pieces)))))
+        case arguments:
+            sys.exit(main(arguments))

@@ -6,15 +6,13 @@ acknowledged commit, with every piece synced, recorded, and read back. Root.
 
 from __future__ import annotations
 
-import argparse
-import json
 import multiprocessing
 import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -23,10 +21,10 @@ from agent.contract.messages import Differential, TlsMaterial
 from agent.system.clock import monotonic_s
 from agent.transfer.receiver import Receiver
 from agent.transfer.sender import send
+from tests.bench.harness import Figure, keep, machine, parsed, parser
 from tests.storage.loop_devices import attached
 from tests.transfer_scene import NAS1, NAS2, Differential1, Scene, make_differential
 
-ROOT = Path(__file__).parents[2]
 SPAWN = multiprocessing.get_context("spawn")
 
 
@@ -41,18 +39,20 @@ class Measured:
     share_of_copy: dict[str, float]
 
 
-def main(arguments: Sequence[str] = ()) -> Measured:
-    """Measure, print, and write build/bench/transfer.json."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--size-mib", type=int, default=512)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--folder", type=Path, default=ROOT / "build" / "bench")
-    asked = parser.parse_args(arguments)
-    asked.folder.mkdir(parents=True, exist_ok=True)
+def main(arguments: Sequence[str] = ()) -> int:
+    """Measure, print, and write build/bench/transfer.json; return the exit status."""
+    options = parser(__doc__)
+    options.set_defaults(rounds=3)
+    options.add_argument("--size-mib", type=int, default=512)
+    asked = parsed(options, arguments)
+    if asked.short:
+        asked.size_mib, asked.rounds = 64, 2
+    described = machine()
     measured = measure(asked.size_mib, asked.rounds, asked.folder)
-    (asked.folder / "transfer.json").write_text(json.dumps(asdict(measured), indent=1))
-    sys.stdout.write(json.dumps(asdict(measured), indent=1) + "\n")
-    return measured
+    found = [
+        Figure(f"transfer over TLS: speed of a plain copy, {name}", share, gross=0.03) for name, share in measured.share_of_copy.items()
+    ]
+    return keep(asked, "transfer", measured, found, described)
 
 
 def measure(size_mib: int, rounds: int, folder: Path) -> Measured:
@@ -120,4 +120,4 @@ def receive(
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

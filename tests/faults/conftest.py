@@ -14,7 +14,7 @@ from agent.contract.identity import FilesystemKind
 from mgmt.authority import Authority
 from tests.faults import thin
 from tests.faults.case import Case, prepare
-from tests.faults.rig import Pair, Pool, pool
+from tests.faults.rig import NodeProcess, Pair, Pool, pool
 from tests.faults.thin import ThinCase
 
 FILES = 300
@@ -35,6 +35,20 @@ def two_pools() -> Iterator[tuple[Pool, Pool]]:
 def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
     """Return a certificate authority."""
     return Authority(tmp_path_factory.mktemp("authority"))
+
+
+@pytest.fixture
+def pair(authority: Authority) -> Iterator[Pair]:
+    """Yield two agents that run, on pools of their own."""
+    with two_pools() as (one, two):
+        made = Pair(NodeProcess(one.mount_point / "n", "nas1"), NodeProcess(two.mount_point / "n", "nas2"), authority)
+        made.nas1.start()
+        made.nas2.start()
+        try:
+            yield made
+        finally:
+            made.nas1.kill()
+            made.nas2.kill()
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,8 @@ over or lost.
 from __future__ import annotations
 
 import os
+import subprocess
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -381,6 +383,38 @@ def create_dies(case: Case, point: str, differential: m.Differential) -> None:
     finally:
         nas1.kill()
         release(nas1)
+
+
+def adopt_dies(case: Case, point: str, differential: m.Differential) -> None:
+    """NAS 1 dies when it adopts an image: what the image holds is there as it was, and asked again, it is served."""
+    nas1, volume = case.fresh().nas1, uuid4()
+    image = nas1.folder / "existing.img"
+    make_filesystem(image, SIZES[FilesystemKind.EXT4], {"kept": b"x" * 100_000})
+    order = m.AdoptVolume(volume, "adopted", FilesystemKind.EXT4, SIZES[FilesystemKind.EXT4], 512, str(image))
+    try:
+        nas1.start_armed(point)
+        expect_death(nas1, lambda: nas1.ask(order), point)
+        assert image.exists() is (point.partition("=")[0] != "substrate.adopt.after")
+        nas1.start()
+        _nothing_new(nas1)
+        for _ in range(2):
+            facts = nas1.ask(order)
+            assert (Path(facts.mount_point) / "kept").read_bytes() == b"x" * 100_000
+        assert not image.exists()
+        nas1.ask(m.StopServing(volume))
+    finally:
+        nas1.kill()
+        release(nas1)
+
+
+def make_filesystem(image: Path, size_bytes: int, files: dict[str, bytes]) -> None:
+    """Make an image that holds an ext4 with some files."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in files.items():
+            (Path(folder) / name).write_bytes(content)
+        with image.open("wb") as file:
+            file.truncate(size_bytes)
+        subprocess.run(["mkfs.ext4", "-q", "-F", "-b", "4096", "-d", folder, str(image)], check=True)
 
 
 def remove_dies(case: Case, point: str, differential: m.Differential) -> None:

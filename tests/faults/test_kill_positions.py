@@ -16,7 +16,7 @@ import pytest
 
 from agent.contract import messages as m
 from agent.contract.errors import LandfallError
-from mgmt.drill.options import Kill
+from mgmt.drill.scenario import Fault
 from mgmt.lab.proxy import Action, Direction, Endpoint, Event, Proxy, Trigger
 from tests.faults.case import Case, Followed, follow
 from tests.faults.rig import Pair
@@ -24,7 +24,13 @@ from tests.faults.rig import Pair
 POSITIONS = int(os.environ.get("LANDFALL_KILL_POSITIONS", "200"))
 """In all, over filesystems, kinds and modes."""
 
-KINDS = (Kill.AGENT, Kill.NODE, Kill.LINK, Kill.RECEIVER, Kill.POWER)
+KINDS = (
+    Fault.SOURCE_AGENT_KILLED,
+    Fault.SOURCE_POWER_CUT,
+    Fault.LINK_CUT,
+    Fault.RECEIVER_AGENT_KILLED,
+    Fault.RECEIVER_POWER_CUT,
+)
 MODES = tuple(m.Differential)
 
 
@@ -90,7 +96,7 @@ def _bytes_of_whole_transfer(case: Case, differential: m.Differential) -> int:
             proxy.__exit__(None, None, None)
 
 
-def _die(case: Case, pair: Pair, differential: m.Differential, kind: Kill, position: int) -> None:
+def _die(case: Case, pair: Pair, differential: m.Differential, kind: Fault, position: int) -> None:
     """Start a transfer and let ``kind`` happen after ``position`` bytes of it."""
     pair.nas1.start()
     pair.nas2.start()
@@ -119,16 +125,16 @@ def _die(case: Case, pair: Pair, differential: m.Differential, kind: Kill, posit
         if event is None:
             return  # TLS's own padding made this transfer a little shorter than the measured one: it is committed
         match kind:
-            case Kill.AGENT | Kill.NODE:
+            case Fault.SOURCE_AGENT_KILLED | Fault.SOURCE_POWER_CUT:
                 pair.nas1.kill()
-                if kind is Kill.AGENT:
+                if kind is Fault.SOURCE_AGENT_KILLED:
                     proxies[0].cut()
                 _await_interruption(case, pair)
-            case Kill.LINK:
+            case Fault.LINK_CUT:
                 _await_interruption(case, pair)
-            case Kill.RECEIVER:
+            case Fault.RECEIVER_AGENT_KILLED:
                 pair.nas2.kill()
-            case Kill.POWER:
+            case Fault.RECEIVER_POWER_CUT:
                 pair.nas2.kill()
                 case.pool2.lose_power()
     finally:

@@ -131,12 +131,14 @@ DEMOTE = (
     "demote.after_role",
 )
 CREATE = ("substrate.create.before", "substrate.create.before_rename", "substrate.create.after")
+ADOPT = ("substrate.adopt.before", "substrate.adopt.half", "substrate.adopt.after")
 GROW = ("substrate.grow.before", "substrate.grow.half", "substrate.grow.after")
 END = ("remove.before_records", "remove.after_records")
 REMOVE = ("substrate.remove.before", "substrate.remove.renamed", "substrate.remove.after")
 
 FAILPOINTS: tuple[tuple[Phase, tuple[str, ...]], ...] = (
     (phases.create_dies, CREATE),
+    (phases.adopt_dies, ADOPT),
     (phases.remove_dies, REMOVE),
     (phases.end_dies, END),
     (phases.grow_dies, GROW),
@@ -166,6 +168,12 @@ ELSEWHERE = {
     "substrate.operational.journalled": "storage/test_volume_lvm_merge.py",
     "substrate.operational.copied": "storage/test_volume_lvm_merge.py",
     "substrate.recover.before_sweep": "storage/test_volume_lvm_merge.py",
+    # Single files.
+    "restore.before_rename": "faults/test_rescue.py",
+    "restore.after_rename": "faults/test_rescue.py",
+    "rescue.src.before_content": "faults/test_rescue.py",
+    "rescue.src.before_finish": "faults/test_rescue.py",
+    "rescue.dst.after_file": "faults/test_rescue.py",
     # These want a network.
     "address.before_take": "lab/test_serving.py",
     "address.recorded": "lab/test_serving.py",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import count
@@ -24,26 +23,11 @@ from agent.service.node import Node
 from agent.system.block import go_down
 from agent.system.clock import wait_until
 from agent.volume import freeze
-from mgmt.authority import Authority
 from tests.faults.case import served
-from tests.faults.conftest import two_pools
 from tests.faults.phases import promote_and_serve
 from tests.faults.rig import FORKS, MIB, NodeProcess, Pair
 
 SIZE = {FilesystemKind.EXT4: 64 * MIB, FilesystemKind.XFS: 320 * MIB}
-
-
-@pytest.fixture
-def pair(authority: Authority) -> Iterator[Pair]:
-    with two_pools() as (one, two):
-        made = Pair(NodeProcess(one.mount_point / "n", "nas1"), NodeProcess(two.mount_point / "n", "nas2"), authority)
-        made.nas1.start()
-        made.nas2.start()
-        try:
-            yield made
-        finally:
-            made.nas1.kill()
-            made.nas2.kill()
 
 
 def interrupted(pair: Pair, kind: FilesystemKind = FilesystemKind.EXT4) -> tuple[UUID, GenerationId, GenerationId]:

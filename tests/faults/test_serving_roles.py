@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,28 +11,13 @@ import pytest
 from agent.contract import messages as m
 from agent.contract.errors import EpochStale, NoSuchGeneration, NotPrimary, RequestRefused, StaleTerm, TransferBusy
 from agent.contract.identity import FilesystemKind, GenerationKind
-from mgmt.authority import Authority
 from tests.faults.case import served
-from tests.faults.conftest import two_pools
 from tests.faults.phases import promote_and_serve
 from tests.faults.rig import MIB, NodeProcess, Pair
 from tests.faults.test_review_verbs import SIZE, instruction, interrupted
 
 KINDS = [FilesystemKind.EXT4, FilesystemKind.XFS]
 VERIFY = m.Differential.VERIFY
-
-
-@pytest.fixture
-def pair(authority: Authority) -> Iterator[Pair]:
-    with two_pools() as (one, two):
-        made = Pair(NodeProcess(one.mount_point / "n", "nas1"), NodeProcess(two.mount_point / "n", "nas2"), authority)
-        made.nas1.start()
-        made.nas2.start()
-        try:
-            yield made
-        finally:
-            made.nas1.kill()
-            made.nas2.kill()
 
 
 def reversed_pair(pair: Pair) -> Pair:

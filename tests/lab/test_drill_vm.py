@@ -15,7 +15,7 @@ from rich.console import Console
 
 from agent.contract.identity import FilesystemKind
 from agent.system.run import run
-from mgmt.drill.options import Kill, LabKind, Options
+from mgmt.drill.options import LabKind, Options
 from mgmt.drill.report import document
 from mgmt.drill.stage import Stage
 from mgmt.drill.vm.host import PLAYBOOK
@@ -57,7 +57,7 @@ def held(lab: Lab, folder: Path) -> tuple[Drill, str]:
     options = Options(
         FilesystemKind.EXT4,
         0.5,
-        Kill.NODE,
+        "source-lost",
         files=1300,
         size_bytes=256 << 20,
         changes=120,

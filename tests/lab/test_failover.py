@@ -18,12 +18,21 @@ from typing import Any, TypeVar
 import pytest
 
 from agent.contract import messages as m
-from agent.contract.errors import LandfallError, NodeUnreachable, NotPrimary, PrimaryAlive, SplitBrain
+from agent.contract.errors import (
+    LandfallError,
+    NodeUnreachable,
+    NothingKept,
+    NotListed,
+    NotPrimary,
+    PrimaryAlive,
+    RequestRefused,
+    SplitBrain,
+)
 from agent.contract.identity import FilesystemKind, GenerationKind
 from agent.system.clock import wait_until
 from agent.system.run import run as start_program
 from mgmt import run
-from mgmt.failover import driver, failback
+from mgmt.failover import driver, failback, rescue
 from mgmt.failover.account import Account
 from mgmt.failover.plan import HAND_OVER, TAKE_OVER, FailoverKind, Wish
 from mgmt.inventory import FenceOptions, Inventory, read_inventory
@@ -339,3 +348,107 @@ def test_I12_I13_the_way_back_is_interrupted_and_recovered_with_the_roles_swappe
     assert followed
     assert followed.comparison.held
     assert scene.facts(NAS2).epoch == 3
+
+
+UNREPLICATED = """
+import os, pathlib, random, sys
+os.chdir(sys.argv[1])
+pathlib.Path("plans/deep").mkdir(parents=True)
+for seed, name in enumerate(("plans/a.txt", "plans/deep/b.bin", "report.final.doc", "old0", "old2", "old4")):
+    pathlib.Path(name).write_bytes(random.Random(100 + seed).randbytes(300_000))
+with open("plans/sparse", "wb") as file:
+    file.truncate(8 << 20)
+    file.seek(5 << 20)
+    file.write(b"data")
+os.symlink("/etc/passwd", "plans/link")
+os.chown("plans/a.txt", 1234, 2345)
+os.chmod("plans/a.txt", 0o2640)
+os.setxattr("plans/a.txt", "user.tag", b"kept")
+os.utime("plans/a.txt", ns=(1, 1_000_000_007))
+os.chmod("plans/deep", 0o2750)
+os.unlink("old6")
+os.sync()
+"""
+DIGESTS = """
+import os, subprocess, sys
+os.chdir(sys.argv[1])
+for name in sys.argv[2:]:
+    about = os.lstat(name)
+    tags = {key: os.getxattr(name, key, follow_symlinks=False).hex() for key in os.listxattr(name, follow_symlinks=False)}
+    if os.path.islink(name):
+        content = os.readlink(name)
+    elif os.path.isdir(name):
+        content = ""
+    else:
+        content = subprocess.run(["sha256sum", name], capture_output=True, check=True, text=True).stdout.split()[0]
+    print(oct(about.st_mode), about.st_uid, about.st_gid, about.st_mtime_ns, tags, about.st_blocks < 4000, content, sep="|")
+"""
+
+
+def test_I11_what_a_returned_node_still_holds_is_listed_and_fetched_file_by_file(lab: Lab) -> None:
+    scene = scene_of(lab, "rescued", 106)
+    refused = landfall(lab, "rescue", "rescued", "--all")
+    assert refused.returncode == NothingKept.exit_code, refused.stderr.decode()
+
+    def on(node: NodeName, script: str, *words: str) -> list[str]:
+        argv = [sys.executable, "-c", script, "/run/landfall/node/srv/rescued", *words]
+        return start_program(lifecycle.inside(lab, node, argv)).text.splitlines()
+
+    fetched = ("plans/a.txt", "plans/deep/b.bin", "plans/sparse", "plans/link", "plans/deep", "plans")
+    on(NAS1, UNREPLICATED)
+    truth = dict(
+        zip((*fetched, "report.final.doc", "old0", "old2"), on(NAS1, DIGESTS, *fetched, "report.final.doc", "old0", "old2"), strict=True)
+    )
+    lifecycle.kill(lab, NAS1)
+    scene.fail_over()
+    lifecycle.start_node(lab, NAS1)
+    scene.write(NAS2, {"old2": (77, 1000)})
+    document(landfall(lab, "resync", "rescued", "--discard-from", "nas1", "--yes", "--json"))
+    scene.write(NAS2, {"old4": (78, 1000)})  # after the list was made
+
+    listed = document(landfall(lab, "rescue", "rescued", "--json"))
+    states = {found["path"]: (found["there"], found["here"]) for found in listed["comparison"]["held"]}
+    assert states["plans/a.txt"] == ("new", "untouched")
+    assert states["old0"] == ("changed", "untouched")
+    assert states["old2"] == ("changed", "changed")
+    assert states["old6"] == ("deleted", "untouched")
+    label = f"nas1-g{listed['kept']['counter']:08d}-{listed['kept']['nonce'][:8]}"
+
+    # To the side: a file, and a folder with what is in it.
+    done = document(landfall(lab, "rescue", "rescued", "report.final.doc", "plans", "--json"))
+    assert (done["node"], done["server"], done["refused"]) == ("nas1", "nas2", [])
+    beside = {path: f"plans.{label}{path.removeprefix('plans')}" for path in fetched} | {"report.final.doc": f"report.final.{label}.doc"}
+    for path, at in beside.items():
+        assert on(NAS2, DIGESTS, at) == [truth[path]], path
+    assert on(
+        NAS2, "import os, sys; print(sorted(name for name in os.listdir(sys.argv[1]) if name.startswith(('plans', 'report', '.land'))))"
+    ) == [str([f"plans.{label}", f"report.final.{label}.doc"])]
+    scene.at_site(lambda site: run.replicate(site, "rescued"))
+
+    # In place: what was changed meanwhile stays, whether the list knows it or not, unless somebody says otherwise.
+    assert landfall(lab, "rescue", "rescued", "old0", "--in-place").returncode == 2
+    done = scene.at_site(lambda site: rescue.rescue(site, "rescued", ("old0", "old4", "plans"), rescue.Destination(in_place=True)))
+    assert done
+    assert {found.path for found in done.refused} == {"old4"}
+    assert on(NAS2, DIGESTS, "old0", *fetched) == [truth["old0"], *(truth[path] for path in fetched)]
+    scene.assert_served("old4", "old2")
+    document(landfall(lab, "rescue", "rescued", "old2", "--in-place", "--yes", "--json"))
+    assert on(NAS2, DIGESTS, "old2") == [truth["old2"]]
+    assert landfall(lab, "rescue", "rescued", "--all", "--to", "all", "--yes").returncode == 0
+    assert on(NAS2, DIGESTS, "all/old0", "all/plans/deep") == [truth["old0"], truth["plans/deep"]]
+
+    for words, error in ((["old1"], NotListed), (["old6"], NotListed), (["--generation", "g9", "old0"], NothingKept)):
+        assert landfall(lab, "rescue", "rescued", *words).returncode == error.exit_code, words
+    assert landfall(lab, "rescue", "rescued", "old0", "--to", "../out").returncode == RequestRefused.exit_code
+    said = json.loads(landfall(lab, "history", "rescued", "--kind", "rescue", "--json").stdout)
+    assert [entry["facts"]["paths"] for entry in said][:2] == [["report.final.doc", "plans"], ["old0", "old4", "plans"]]
+    assert all("@" in entry["facts"]["operator"] for entry in said)
+
+    # Given back, the node that serves holds it itself.
+    document(landfall(lab, "failback", "rescued", "--yes", "--json"))
+    done = document(landfall(lab, "rescue", "rescued", "old0", "--to", "again", "--json"))
+    assert (done["server"], done["files"]) == ("nas1", 1)
+    assert on(NAS1, DIGESTS, "again/old0") == [truth["old0"]]
+    lifecycle.kill(lab, NAS1)
+    assert landfall(lab, "rescue", "rescued", "old0").returncode == NodeUnreachable.exit_code
+    lifecycle.start_node(lab, NAS1)

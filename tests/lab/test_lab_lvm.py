@@ -137,11 +137,24 @@ def test_without_device_mapper_one_sentence_says_so(lab: Lab, monkeypatch: pytes
 @needs_device_mapper
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(("filesystem", "kill"), [("ext4", "agent"), ("xfs", "node")])
+@pytest.mark.parametrize(("filesystem", "scenario"), [("ext4", "source-killed"), ("xfs", "source-lost")])
 @pytest.mark.parametrize("substrate", ON_GROUPS)
-def test_the_drill_on_a_volume_group(tmp_path: Path, substrate: LabSubstrate, filesystem: str, kill: str) -> None:
+def test_the_drill_on_a_volume_group(tmp_path: Path, substrate: LabSubstrate, filesystem: str, scenario: str) -> None:
     size = {"ext4": "128M", "xfs": "384M"}[filesystem]
-    words = ("--substrate", substrate, "--fs", filesystem, "--kill", kill, "--size", size, "--files", "250", "--differential", "verify")
+    words = (
+        "--substrate",
+        substrate,
+        "--fs",
+        filesystem,
+        "--scenario",
+        scenario,
+        "--size",
+        size,
+        "--files",
+        "250",
+        "--differential",
+        "verify",
+    )
     document = report(tmp_path / "out", *words)
     files = document["files"]
     assert document["substrate"] == substrate

@@ -89,6 +89,8 @@ def test_C3_a_schedule_is_kept_through_the_deaths_of_the_service_and_of_the_prim
         assert wait_until(lambda: committed(lab) > held, LIMIT_S), log.read_text()
         rehearsed = landfall(lab, "failover", "media", "--test")
         assert (rehearsed["sound"], rehearsed["recorded_by"], rehearsed["wrong_blocks"], rehearsed["node"]) == (True, "nas1", 0, "nas2")
+        (kept,) = landfall(lab, "drill", "--history")
+        assert (kept["scenario"], kept["volume"], kept["passed"]) == ("rehearsal", "media", True)
         assert wait_until(lambda: committed(lab) > held + 1, LIMIT_S), "replication goes on after a rehearsal"
     said = [entry["sentence"] for entry in landfall(lab, "history", "media")]
     assert any("replicated g" in sentence for sentence in said)

@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from agent.blockio.buffers import aligned
 from agent.blockio.copy import copy
 from agent.blockio.device import Device
-from agent.blockio.scatter import digest_runs, read_runs
+from agent.blockio.scatter import digest_runs, gather, read_runs
 from agent.contract.digest import block_digests
 from agent.contract.errors import DeviceBusy, DeviceFailed
 from agent.contract.messages import Differential, Sent
@@ -209,3 +210,17 @@ def test_memory_does_not_grow_with_the_volume(tmp_path: Path) -> None:
         done = run(["env", f"PYTHONPATH={Path(__file__).parents[2]}", sys.executable, "-c", program, str(tmp_path / f"{size}")])
         peaks[size] = int(done.text)
     assert peaks[256 * MIB] < peaks[32 * MIB] + 16 * 1024
+
+
+def test_E1_an_asynchronous_read_that_fails_names_device_and_errno(tmp_path: Path) -> None:
+    image = tmp_path / "image"
+    content = make_image(image, MIB)
+    with attached(image) as path, Device.open_reading(path) as device:
+        os.truncate(image, MIB // 2)  # a disk that has lost its second half: reads there fail
+        first, ones = np.array([1, 200, 2], dtype=np.uint64), np.ones(3, dtype=np.uint64)
+        with pytest.raises(DeviceFailed, match="reading") as failed:
+            gather(device, first, ones, aligned(3 * BLOCK))
+        assert failed.value.cause == f"EIO Input/output error at byte {200 * BLOCK}, length {BLOCK}"
+        buffer = aligned(2 * BLOCK)
+        gather(device, first[[0, 2]], ones[:2], buffer)
+        assert bytes(buffer) == content[BLOCK : 3 * BLOCK]

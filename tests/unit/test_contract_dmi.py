@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import xxhash
+from hypothesis import given
+from hypothesis import strategies as st
 
 from agent.contract.dmi import HOLE, SPECS, Dmi, Side
 from agent.contract.errors import DmiMalformed, LandfallError, VersionUnknown
@@ -183,12 +185,27 @@ def test_G21_random_damage_never_ends_in_anything_but_a_refusal() -> None:
             continue
 
 
-def _with_path(path: bytes) -> dict[str, Any]:
-    paths = [b"", path, b"link\xff", b"gone"]
+@given(st.lists(st.binary(max_size=6).map(lambda some: bytes(b"/.a\0b/."[byte % 7] for byte in some)), min_size=3, max_size=3))
+def test_G2_paths_are_judged_each_by_itself(paths: list[bytes]) -> None:
+    """They lie behind each other in one column, and are judged all at once."""
+
+    def plain(path: bytes) -> bool:
+        return all(part not in {b"", b".", b".."} and len(part) <= 255 and b"\0" not in part for part in path.split(b"/"))
+
+    columns = _with_path(paths[0], *paths[1:])
+    if all(map(plain, paths)):
+        Dmi.decode(altered(sample_dmi(), **columns))
+    else:
+        with pytest.raises(DmiMalformed, match="path"):
+            Dmi.decode(altered(sample_dmi(), **columns))
+
+
+def _with_path(path: bytes, third: bytes = b"link\xff", fourth: bytes = b"gone") -> dict[str, Any]:
+    paths = [b"", path, third, fourth]
     return {
         "paths": np.frombuffer(b"".join(paths), "u1"),
         "name_path_start": np.cumsum([0, *map(len, paths)]).astype("<u8"),
-        "name_parent": np.array([2, 5 if not path else 2, 2, 2], "<u8"),
+        "name_parent": np.array([2, *(2 if each else 5 for each in paths[1:])], "<u8"),
     }
 
 

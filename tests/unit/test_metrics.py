@@ -22,7 +22,7 @@ from agent.serving.exports import Exports, Share
 from agent.serving.nfs import Nfs
 from agent.serving.samba import Samba
 from agent.system.clock import wait_until
-from mgmt import metrics, run
+from mgmt import metrics, proofs, run
 from mgmt.run import replication
 from mgmt.watch.cycle import Watch
 from tests.unit.mgmt_pair import Pair, lose
@@ -58,8 +58,11 @@ def watch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Watch:
     return watching
 
 
-def test_every_metric_is_as_prometheus_wants_it(watch: Watch) -> None:
-    text = metrics.text(watch)
+def test_every_metric_is_as_prometheus_wants_it(watch: Watch, tmp_path: Path) -> None:
+    for at_s, passed in ((1_800_000_000, True), (1_800_001_000, False)):
+        verdict = "sound" if passed else "failed"
+        proofs.keep(tmp_path, proofs.Proof(at_s * 10**9, proofs.REHEARSAL, "projects", verdict, passed, 3.0, None, "", ""))
+    text = metrics.text(watch, tmp_path)
     promtool("check", "metrics", stdin=text)
     samples = dict(re.findall(r"^(landfall_\S+) (\S+)$", text, re.MULTILINE))
     assert float(samples['landfall_last_success_timestamp_seconds{volume="projects"}']) > 1.7e9
@@ -70,6 +73,8 @@ def test_every_metric_is_as_prometheus_wants_it(watch: Watch) -> None:
     assert samples['landfall_would_recover_files{volume="projects"}'] == "2.0"
     assert samples['landfall_lag_bytes{volume="projects"}'] == "8192.0"
     assert samples['landfall_act{act="wait",volume="projects"}'] == "1.0"
+    assert float(samples['landfall_drill_last_success_timestamp_seconds{scenario="rehearsal",volume="projects"}']) == 1.8e9
+    assert samples['landfall_drill_passed{scenario="rehearsal",volume="projects"}'] == "0.0"
     assert next(line for line in text.splitlines() if not line.startswith("#")).startswith("landfall_last_success_timestamp_seconds")
 
 
@@ -77,15 +82,15 @@ def test_a_volume_that_is_gone_is_forgotten(watch: Watch, tmp_path: Path) -> Non
     with Pair(tmp_path).site() as site:
         site.catalog.forget_volume(site.catalog.volume("projects").id)
         watch.cycle(site)
-    assert "landfall_role" in metrics.text(watch)
-    assert "landfall_role{" not in metrics.text(watch)
+    assert "landfall_role" in metrics.text(watch, tmp_path)
+    assert "landfall_role{" not in metrics.text(watch, tmp_path)
 
 
-def test_the_metrics_are_served_over_http(watch: Watch) -> None:
+def test_the_metrics_are_served_over_http(watch: Watch, tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    metrics.serve(watch, "127.0.0.1", port)
+    metrics.serve(watch, tmp_path, "127.0.0.1", port)
     assert "landfall_epoch" in urlopen(f"http://127.0.0.1:{port}/metrics", timeout=20).read().decode()
 
 
@@ -94,8 +99,8 @@ def test_the_alerts_fire_when_they_should_and_only_then() -> None:
     promtool("test", "rules", "alerts_test.yml")
 
 
-def test_alerts_and_dashboard_speak_of_metrics_that_there_are(watch: Watch) -> None:
-    text = metrics.text(watch)
+def test_alerts_and_dashboard_speak_of_metrics_that_there_are(watch: Watch, tmp_path: Path) -> None:
+    text = metrics.text(watch, tmp_path)
     there = set(re.findall(r"^# TYPE (\w+)", text, re.MULTILINE))
     dashboard = json.loads((MONITORING / "dashboard.json").read_text())
     wanted = set(re.findall(r"landfall_\w+", (MONITORING / "alerts.yml").read_text()))

@@ -15,6 +15,7 @@ import pytest
 from agent.contract import messages as m
 from agent.contract.errors import (
     AddressTaken,
+    DeviceFailed,
     EpochStale,
     FailoverBusy,
     FailpointHit,
@@ -429,6 +430,21 @@ def test_I5_an_address_that_somebody_else_answers_for_is_not_served_at_until_he_
         assert pair.nas2.said(m.ServeVolume) == []
         pair.strangers.clear()
         driver.failover(site, "projects", Wish())
+    assert_taken_over(pair)
+
+
+def test_E1_a_primary_whose_disk_failed_answers_and_can_be_given_up(pair: Pair) -> None:
+    break_off(pair)
+    pair.nas1.dead = False
+
+    def fail(_: m.ListVolumes) -> m.Volumes:
+        raise DeviceFailed("volume.list failed on a disk of this node")
+
+    pair.nas1.handlers[m.ListVolumes] = fail
+    with pair.site() as site, pytest.raises(PrimaryAlive):
+        driver.failover(site, "projects", Wish())
+    pair.address["nas1"] = ""  # as the fence leaves it
+    fail_over(pair, Wish(declare_dead=True))
     assert_taken_over(pair)
 
 

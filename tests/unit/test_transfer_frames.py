@@ -3,6 +3,7 @@
 import struct
 import tracemalloc
 from collections.abc import Callable
+from dataclasses import replace
 from uuid import UUID
 
 import numpy as np
@@ -11,8 +12,9 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.contract import frames
+from agent.contract import file_frames, frames
 from agent.contract.errors import BaseMismatch, LandfallError, ProtocolViolated, VersionUnknown
+from agent.contract.file_frames import FileItem
 from agent.contract.frames import Frame, FrameType, Hello, Welcome
 from agent.contract.messages import Differential
 
@@ -38,6 +40,11 @@ def small_stream() -> list[list[frames.Buffer]]:
         frames.encode(FrameType.FINISH),
         frames.encode(FrameType.COMMITTED),
         frames.encode_error(BaseMismatch("not the base", cause="counter")),
+        file_frames.encode_item(FileItem(0, 0, True, 0o100644, 0, 0, -1, 0, 0, 5, 0, "", (("dXNlci5h", "YQ=="),))),
+        file_frames.encode_content(2**40, b"part of a file"),
+        frames.encode(FrameType.WHOLE),
+        file_frames.encode_refusal(3, "there is no room"),
+        file_frames.encode_restored(2, 2**40),
     ]
 
 
@@ -230,3 +237,47 @@ def test_an_error_with_texts_too_long_for_a_frame_is_shortened() -> None:
 def test_G21_any_bytes_are_refused_or_end(raw: bytes) -> None:
     found, _ = read_all(raw)
     assert found == []
+
+
+GOOD_ITEM = FileItem(1, 0, True, 0o100644, 0, 0, -1, 0, 0, 5, 0, "", ())
+
+
+def test_items_of_an_order_are_read_as_they_were_written() -> None:
+    item = replace(GOOD_ITEM, link=file_frames.to_text(b"\xff/x"), xattrs=((file_frames.to_text(b"user.a"), file_frames.to_text(b"\0")),))
+    assert file_frames.decode_item(frame_of(file_frames.encode_item(item)).payload, (0, 2)) == item
+    assert file_frames.from_text(item.link) == b"\xff/x"
+    above = replace(GOOD_ITEM, up=2, mode=0o40755)
+    assert file_frames.decode_item(frame_of(file_frames.encode_item(above)).payload, (0, 2)) == above
+    offset, data = file_frames.decode_content(frame_of(file_frames.encode_content(7, b"data")).payload)
+    assert (offset, bytes(data)) == (7, b"data")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"number": 2},
+        {"number": -1},
+        {"up": 3, "mode": 0o40755},
+        {"up": -1, "mode": 0o40755},
+        {"up": 1},  # what leads to a file is a directory
+        {"mode": 0o644},
+        {"mode": 0o1100644},
+        {"uid": -1},
+        {"gid": 2**32},
+        {"flags": 2**32},
+        {"size_bytes": -1},
+        {"size_bytes": 2**63},
+        {"device": -1},
+    ],
+)
+def test_G8_a_hostile_item_is_refused(changes: dict[str, int]) -> None:
+    payload = frame_of(file_frames.encode_item(replace(GOOD_ITEM, **changes))).payload  # type: ignore[arg-type]
+    with pytest.raises(ProtocolViolated):
+        file_frames.decode_item(payload, (0, 2))
+
+
+def test_G8_a_refusal_of_no_file_and_bytes_that_are_none_are_refused() -> None:
+    with pytest.raises(ProtocolViolated):
+        file_frames.decode_refusal(frame_of(file_frames.encode_refusal(2, "no")).payload, 2)
+    with pytest.raises(ProtocolViolated):
+        file_frames.from_text("not base 64!")

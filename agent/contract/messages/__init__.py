@@ -8,10 +8,11 @@ it has heard, and lets lower ones only look. A class's docstring begins with its
 
 node         who answers, its health and devices, the path to its peer, its outbox
 generations  facts of them; take, drop, open, close, restore; examine, digests, owners
-volumes      facts of them; create, admit, list
+volumes      facts of them; create, appraise, adopt, admit, list
 serving      promote, serve, unserve, demote; lease, service address
 transfers    build, mend, receive, send, list, fetch, discard
 salvages     update, undo
+rescues      receive, send: single files
 wire         lines and documents
 """
 
@@ -31,11 +32,14 @@ from agent.contract.messages.generations import (
     OpenGeneration,
     OwnedBlocks,
     Owners,
+    PlacedFile,
     RefusedPath,
     Restored,
     RestoreFiles,
     TakeGeneration,
     Taken,
+    TakenTogether,
+    TakeTogether,
     newest,
 )
 from agent.contract.messages.node import (
@@ -57,6 +61,7 @@ from agent.contract.messages.node import (
     ReadOutbox,
     TryPath,
 )
+from agent.contract.messages.rescues import ReceiveFiles, SendFiles
 from agent.contract.messages.salvages import (
     Deletions,
     FileOutcome,
@@ -99,6 +104,9 @@ from agent.contract.messages.transfers import (
 )
 from agent.contract.messages.volumes import (
     AdmitReplica,
+    AdoptVolume,
+    Appraised,
+    AppraiseVolume,
     CreateVolume,
     GrowVolume,
     ListVolumes,
@@ -119,6 +127,9 @@ __all__ = [
     "VERB_OF",
     "AcknowledgeOutbox",
     "AdmitReplica",
+    "AdoptVolume",
+    "AppraiseVolume",
+    "Appraised",
     "AskHealth",
     "Blob",
     "BuildMend",
@@ -163,11 +174,13 @@ __all__ = [
     "OwnedBlocks",
     "Owners",
     "PathTried",
+    "PlacedFile",
     "ProbePeer",
     "Probed",
     "Progress",
     "PromoteVolume",
     "ReadOutbox",
+    "ReceiveFiles",
     "ReceiveTransfer",
     "RefusedPath",
     "RemoveVolume",
@@ -177,13 +190,16 @@ __all__ = [
     "Restored",
     "Role",
     "Salvaged",
+    "SendFiles",
     "SendTransfer",
     "Sent",
     "ServeVolume",
     "StopServing",
     "TakeAddress",
     "TakeGeneration",
+    "TakeTogether",
     "Taken",
+    "TakenTogether",
     "TlsMaterial",
     "TransferFacts",
     "TransferState",
@@ -208,6 +224,8 @@ VERBS: Final[dict[str, tuple[type[Any], type[Any]]]] = {
     "path.try": (TryPath, PathTried),
     "devices": (ListDevices, Devices),
     "volume.create": (CreateVolume, VolumeFacts),
+    "volume.appraise": (AppraiseVolume, Appraised),
+    "volume.adopt": (AdoptVolume, VolumeFacts),
     "volume.admit": (AdmitReplica, VolumeFacts),
     "volume.grow": (GrowVolume, VolumeFacts),
     "volume.remove": (RemoveVolume, Done),
@@ -217,6 +235,7 @@ VERBS: Final[dict[str, tuple[type[Any], type[Any]]]] = {
     "volume.unserve": (StopServing, VolumeFacts),
     "volume.demote": (DemoteVolume, Demoted),
     "generation.take": (TakeGeneration, Taken),
+    "generation.take_together": (TakeTogether, TakenTogether),
     "generation.drop": (DropGeneration, Done),
     "generation.open": (OpenGeneration, Opened),
     "generation.close": (CloseGeneration, Done),
@@ -234,6 +253,8 @@ VERBS: Final[dict[str, tuple[type[Any], type[Any]]]] = {
     "transfer.discard": (DiscardTransfer, Done),
     "salvage.update": (UpdateInstruction, Salvaged),
     "salvage.undo": (UndoSalvage, Done),
+    "rescue.receive": (ReceiveFiles, Listening),
+    "rescue.send": (SendFiles, Restored),
     "volume.lease": (RenewLease, Lease),
     "address.take": (TakeAddress, Done),
     "address.drop": (DropAddress, Done),
@@ -250,6 +271,7 @@ LOOKING: Final = frozenset(
         "path.open",
         "path.try",
         "devices",
+        "volume.appraise",
         "volume.list",
         "generation.examine",
         "generation.digests",

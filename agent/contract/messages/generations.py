@@ -33,6 +33,21 @@ class Taken:
 
 
 @dataclass(frozen=True, slots=True)
+class TakeTogether:
+    """generation.take_together: freeze several volumes, clone each, thaw them (NAS 1). What they hold is of one moment."""
+
+    volumes: tuple[UUID, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TakenTogether:
+    """Answer to generation.take_together: one of each volume, in the order of the request, all with the same ``taken_ns``."""
+
+    generations: tuple[GenerationFacts, ...]
+    frozen_ms: float  # from the first that was frozen to the last that was thawed
+
+
+@dataclass(frozen=True, slots=True)
 class DropGeneration:
     """generation.drop: the source side cannot ask this of NAS 2; only the management node can."""
 
@@ -59,15 +74,25 @@ class Opened:
 
 
 @dataclass(frozen=True, slots=True)
-class RestoreFiles:
-    """generation.restore: copy files, directories with all below them, from a generation into the volume that this node serves.
+class PlacedFile:
+    """A file of a generation, and where it is to be: paths (surrogateescape) relative to the root, ``at`` with at least as many parts.
 
-    Paths (surrogateescape) are relative to the root; they come to lie beneath ``folder``, or in place where that is empty.
+    What is there is replaced if it is to be, or if nobody touched it since a generation that the order names, or if it is the same.
     """
 
+    path: str
+    at: str
+    replace: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class RestoreFiles:
+    """generation.restore: copy files from a generation into the volume that this node serves; ``with_below`` with all in directories."""
+
     generation: GenerationId
-    paths: tuple[str, ...]
-    folder: str
+    files: tuple[PlacedFile, ...]
+    with_below: bool = True
+    untouched_since: GenerationId | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +105,7 @@ class RefusedPath:
 
 @dataclass(frozen=True, slots=True)
 class Restored:
-    """Answer to generation.restore."""
+    """Answer to generation.restore and rescue.send: files that are in their place now, and the bytes of their content."""
 
     files: int
     bytes: int

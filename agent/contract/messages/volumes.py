@@ -44,6 +44,7 @@ class VolumeFacts:
     address: str = ""  # the service address that this node has for it
     confirmed: bool = False  # a primary that was told to serve at its epoch since this node was booted
     exports: tuple[str, ...] = ()  # the protocols by which clients reach it: SMB, NFS
+    sector_bytes: int = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +57,35 @@ class CreateVolume:
     size_bytes: int
     sector_bytes: int = 512
     mkfs_options: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class AppraiseVolume:
+    """volume.appraise: look at a filesystem that is to become a volume; ``source`` in the words of the node's substrate:
+    the path of an image file, or the name of a logical volume (NAS 1)."""
+
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class Appraised:
+    """Answer to volume.appraise: it can be adopted, as this."""
+
+    filesystem: FilesystemKind
+    size_bytes: int
+    sector_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class AdoptVolume:
+    """volume.adopt: make a filesystem that was appraised an operational volume, in place, mount and serve it (NAS 1)."""
+
+    volume: UUID
+    name: str
+    filesystem: FilesystemKind
+    size_bytes: int
+    sector_bytes: int
+    source: str
 
 
 @dataclass(frozen=True, slots=True)
