@@ -218,9 +218,10 @@ class Nfs:
         self._stop_answering(until_s)
 
     def _stop_answering(self, until_s: float) -> None:
+        """End rpc.mountd, which has nothing of its own to lose; asked politely it first looks, for a minute, for a portmapper to leave."""
         pid = self._pid()
         if pid is not None:
-            os.kill(pid, signal.SIGTERM)
+            os.kill(pid, signal.SIGKILL)
             if not wait_until(lambda: self._pid() is None, until_s - monotonic_s()):
                 raise CommandFailed("rpc.mountd did not end", cause=f"process {pid}")
             with suppress(ChildProcessError):  # an agent before us started it
