@@ -2,7 +2,7 @@
 BIN := build/venv/bin
 ARGS ?=
 
-.PHONY: drill test vm-test vm-drill check setup venv bench lock clean
+.PHONY: drill test simulation schedules vm-test vm-drill check setup venv bench lock clean
 
 drill: setup
 	$(BIN)/landfall drill $(ARGS)
@@ -11,6 +11,15 @@ drill: setup
 test:
 	@bash packaging/setup.sh --test
 	$(BIN)/python -m tests $(ARGS)
+
+# Partitions, pauses and kills from seeds: a thousand in one thread (also part of `make test`), and fifty of them on the nodes of a lab, which
+# takes most of an hour. ARGS="--seed 468 --runs 1 --verbose" shows one.
+simulation: venv
+	$(BIN)/python -m tests.simulation --runs 1000 $(ARGS)
+
+schedules:
+	@bash packaging/setup.sh --test
+	unshare --mount --propagation private $(BIN)/python -m tests.lab.schedules --runs 50 $(ARGS)
 
 # Every test that needs device-mapper, in guests that have it: see tests/guest. ARGS selects, as in ARGS="-k E25".
 vm-test:

@@ -93,6 +93,9 @@ MIGRATIONS: Final = (
         volume TEXT NOT NULL REFERENCES volume ON DELETE CASCADE, node TEXT NOT NULL, seconds REAL NOT NULL, PRIMARY KEY (volume, node)
     ) STRICT;
     """,
+    """
+    ALTER TABLE lease ADD COLUMN term INTEGER NOT NULL DEFAULT 0;
+    """,
 )
 """Each takes the catalog from the version that is its index to the next."""
 
@@ -342,13 +345,26 @@ class Catalog:
     def note_lease(self, volume: UUID, node: str, seconds: float) -> None:
         """Record, before it is asked for, that a node may have a lease of this length: a fence that waits leases out has to know."""
         with self.change() as db:
-            db.execute("INSERT OR REPLACE INTO lease VALUES (?, ?, ?)", (str(volume), node, seconds))
+            db.execute(
+                "INSERT INTO lease (volume, node, seconds) VALUES (?, ?, ?) "
+                "ON CONFLICT DO UPDATE SET seconds = max(seconds, excluded.seconds)",
+                (str(volume), node, seconds),
+            )
+
+    def note_leased(self, volume: UUID, node: str, term: int) -> None:
+        """Record that a node said, ordered in ``term``, that it serves under the lease that was noted."""
+        with self.change() as db:
+            db.execute("UPDATE lease SET term = ? WHERE volume = ? AND node = ?", (term, str(volume), node))
+
+    def forget_lease(self, volume: UUID, node: str) -> None:
+        """Record, before it is ordered, that a node may serve without a lease."""
+        with self.change() as db:
+            db.execute("DELETE FROM lease WHERE volume = ? AND node = ?", (str(volume), node))
 
     def lease(self, volume: UUID, node: str) -> float:
-        """Return the seconds of the newest lease that a node may have; 0 if it never was given one."""
-        return next(
-            (seconds for (seconds,) in self.rows("SELECT seconds FROM lease WHERE volume = ? AND node = ?", str(volume), node)), 0.0
-        )
+        """Return the seconds of the longest lease that a node may have; 0 unless it said, in the term of now, that it serves under one."""
+        query = "SELECT seconds FROM lease WHERE volume = ? AND node = ? AND term = (SELECT number FROM term)"
+        return next((seconds for (seconds,) in self.rows(query, str(volume), node)), 0.0)
 
     # --- transfers ---
 

@@ -100,5 +100,5 @@ for drill in $drills; do
     logged "$runs/console.log" env COLUMNS=120 "$python" -m mgmt.cli drill --lab vm --substrate "$substrate" --fs "$fs" --at "$at" --seed "$seed" --out "$folder"
     say "nas1 is switched on again, and all three are looked at"
     vagrant/lab up
-    logged "$runs/console.log" inside env LANDFALL_VM_RUN="$folder" "$python" -m pytest -q -p no:cacheprovider --timeout 900 tests/vm
+    logged "$runs/console.log" inside env LANDFALL_VM_RUN="$folder" "$python" -m pytest -q --timeout 900 tests/vm
 done

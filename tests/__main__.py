@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Final
 
 ROOT: Final = Path(__file__).parents[1]
-LANES: Final = {"storage": ("tests/unit", "tests/storage", "tests/faults"), "lab": ("tests/lab",)}
+LANES: Final = {"storage": ("tests/unit", "tests/simulation", "tests/storage", "tests/faults"), "lab": ("tests/lab",)}
 WIDTH: Final = max(map(len, LANES))
 NOTHING_SELECTED: Final = 5
 

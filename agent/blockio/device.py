@@ -167,6 +167,26 @@ class Device:
             except OSError as error:
                 self._fail(error, "writing", offset + done, there - done)
 
+    def write_scattered(self, first: NDArray[np.int64], place: NDArray[np.int64], blocks: NDArray[np.int64], data: memoryview) -> None:
+        """Write runs that do not overlap: ``blocks`` blocks of ``data``, from its block ``place`` on, go to block ``first``, for every row.
+
+        Many at once where the kernel allows that and ``data`` is aligned. Durable after the next ``sync``. DeviceFailed as ``write``; any
+        of the runs may have been written then.
+        """
+        self._trusted()
+        left = np.arange(len(first))
+        whole = (first >= 0) & (first <= self.size_bytes // BLOCK_BYTES - blocks)  # a write past the end would make an image longer
+        queue = self._queues.take() if len(first) > 1 and bool(np.all(whole)) else None
+        if queue is not None:
+            try:
+                address = np.uint64(np.frombuffer(data, dtype=np.uint8).ctypes.data) + (place * BLOCK_BYTES).astype(np.uint64)
+                results = queue.write(self._fd, address, first * BLOCK_BYTES, blocks * BLOCK_BYTES)
+            finally:
+                self._queues.give(queue)
+            left = np.flatnonzero(results != blocks * BLOCK_BYTES)  # the plain way knows what to make of an error
+        for row in left.tolist():
+            self.write(int(first[row]), data[int(place[row]) * BLOCK_BYTES : int(place[row] + blocks[row]) * BLOCK_BYTES])
+
     def write_zeros(self, first_block: int, blocks: int) -> None:
         """Make ``blocks`` blocks zeros, as a hole where the device can have one."""
         self._trusted()

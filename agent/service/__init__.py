@@ -121,6 +121,7 @@ class Service:
         self._node.watch = devices.watch(self._node)
         salvages.recover(self._node)
         self._lookout = addresses.Lookout(self._node)
+        self._lookout.begin()
         leases.LeaseWatch(self._node)
         if self._node.config.metrics_textfile:
             self._metrics = TextFile(self._node, Path(self._node.config.metrics_textfile))

@@ -7,8 +7,8 @@ unmounts. Whoever else says that he has it is told of to the management node, an
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 from agent.contract import messages as m
@@ -46,12 +46,12 @@ def take(node: Node, arguments: m.TakeAddress, progress: ProgressCall) -> m.Done
         _refuse_another(node, record, wanted)
         link = node.link()
         failpoint("address.before_take")
-        if not addresses.is_held(wanted):
-            addresses.refuse_taken(link, wanted)
+        if not node.machine.addresses.is_held(wanted):
+            node.machine.addresses.refuse_taken(link, wanted)
         node.tenures.have_address(record.id, record.name, record.epoch, str(wanted))
         failpoint("address.recorded")
         node.exports.prepare(node.share(record), record.id)
-        addresses.add(link, wanted)
+        node.machine.addresses.add(link, wanted)
         failpoint("address.after_take")
         node.exports.follow()
     _announce(node, link, wanted, Claim(record.id, record.epoch))
@@ -82,11 +82,14 @@ class Lookout:
 
     def __init__(self, node: Node) -> None:
         self._node = node
-        self._ending = threading.Event()
+        self._ending = node.machine.threads.event()
         self._told: dict[tuple[str, bytes], float] = {}
         self._defended = 0.0
+
+    def begin(self) -> None:
+        """Listen, and follow the link."""
         for work in (self._hear, self._follow_link):
-            threading.Thread(target=self._keep_on, args=(work,), name=work.__name__, daemon=True).start()
+            self._node.machine.threads.start(partial(self._keep_on, work), work.__name__)
 
     def close(self) -> None:
         """End soon."""
@@ -108,14 +111,18 @@ class Lookout:
         with listening(link) as ears:
             while not self._ending.is_set():
                 for said in ears.within(1.0):
-                    for tenure in self._node.tenures.all():
-                        if tenure.address and addresses.parse(tenure.address).ip == said.address:
-                            self._meet(link, tenure, said)
+                    self.hear(link, said)
+
+    def hear(self, link: Link, said: Heard) -> None:
+        """Take note of what somebody else says of an address."""
+        for tenure in self._node.tenures.all():
+            if tenure.address and addresses.parse(tenure.address).ip == said.address:
+                self._meet(link, tenure, said)
 
     def _meet(self, link: Link, tenure: Tenure, said: Heard) -> None:
         """Answer somebody who says that he has an address of ours."""
         wanted = addresses.parse(tenure.address)
-        if not addresses.is_held(wanted):
+        if not self._node.machine.addresses.is_held(wanted):
             return
         claimed = addresses.epoch_of(said, tenure.volume)
         if decide(tenure.epoch, claimed):
@@ -128,7 +135,7 @@ class Lookout:
         now = monotonic_s()
         if now - self._defended >= 1.0:
             self._defended = now
-            addresses.announce(link, wanted, Claim(tenure.volume, tenure.epoch))
+            self._node.machine.addresses.announce(link, wanted, Claim(tenure.volume, tenure.epoch))
         if now - self._told.get((tenure.address, said.mac), -QUIET_S) >= QUIET_S:
             self._told[tenure.address, said.mac] = now
             words = f"{said.mac.hex(':')} on {link.name} says that it has {wanted.ip} of volume {tenure.name}"
@@ -150,7 +157,7 @@ class Lookout:
     def _say_again(self, link: Link) -> None:
         for tenure in self._node.tenures.all():
             if tenure.address:
-                addresses.announce(link, addresses.parse(tenure.address), Claim(tenure.volume, tenure.epoch))
+                self._node.machine.addresses.announce(link, addresses.parse(tenure.address), Claim(tenure.volume, tenure.epoch))
 
 
 def _refuse_another(node: Node, record: VolumeRecord, wanted: Interface, *, own_only: bool = False) -> None:
@@ -167,9 +174,9 @@ def _announce(node: Node, link: Link, wanted: Interface, claim: Claim) -> None:
 
     def again() -> None:
         for _ in range(addresses.ANNOUNCEMENTS - 1):
-            if node.ending.wait(addresses.ANNOUNCE_EVERY_S) or not addresses.is_held(wanted):
+            if node.ending.wait(addresses.ANNOUNCE_EVERY_S) or not node.machine.addresses.is_held(wanted):
                 return
-            addresses.announce(link, wanted, claim)
+            node.machine.addresses.announce(link, wanted, claim)
 
-    addresses.announce(link, wanted, claim)
-    threading.Thread(target=again, name="announce", daemon=True).start()
+    node.machine.addresses.announce(link, wanted, claim)
+    node.machine.threads.start(again, "announce")

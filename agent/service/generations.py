@@ -105,8 +105,8 @@ def settle(node: Node, record: VolumeRecord) -> None:
     """Let the filesystem of a volume that is not mounted replay its journal: after a crash the device alone is not what it holds."""
     mount_point = node.private_folder("settle", str(record.id))
     with node.substrate.operational(record.id) as device:
-        filesystem.mount(device, mount_point, record.filesystem, read_only=False)
-    filesystem.unmount(mount_point)
+        node.machine.mounts.mount(device, mount_point, record.filesystem, read_only=False)
+    node.machine.mounts.unmount(mount_point)
 
 
 def _opened_at(node: Node, generation: GenerationId) -> Path:

@@ -7,14 +7,12 @@ is renewed. What ended is begun again by an order to serve, not by a renewal: in
 from __future__ import annotations
 
 import logging
-import threading
 from typing import Final
 
 from agent.contract import messages as m
 from agent.contract.errors import DeviceBusy, LandfallError, LeaseEnded
 from agent.service.node import Node, ProgressCall
 from agent.service.serving import LOCKS_S, lease_end_ns, require_primary
-from agent.serving import keeper
 from agent.serving.tenure import is_over
 from agent.system.clock import boottime_ns
 from agent.system.files import locked
@@ -41,7 +39,7 @@ def renew(node: Node, arguments: m.RenewLease, progress: ProgressCall) -> m.Leas
         raise LeaseEnded(f"the lease of volume {record.name} is over on node {node.config.node}")
     with locked(node.keeper.folder / "gate", wait_s=LOCKS_S):
         leased = node.tenures.lease(record.id, record.name, record.epoch, until_ns)
-        keeper.ensure(node.keeper)
+        node.keep(node.keeper)
     if (ended := node.tenures.ended(leased)) is not None:
         raise LeaseEnded(f"volume {record.name} was given up on node {node.config.node}", cause=ended.reason)
     return m.Lease((until_ns - boottime_ns()) / 1e9)
@@ -50,12 +48,13 @@ def renew(node: Node, arguments: m.RenewLease, progress: ProgressCall) -> m.Leas
 class LeaseWatch:
     """A thread that sees to it that leases have a keeper, and tells the management node of those that ended."""
 
-    def __init__(self, node: Node) -> None:
+    def __init__(self, node: Node, *, every_s: float = 1.0) -> None:
         self._node = node
-        threading.Thread(target=self._run, name="leases", daemon=True).start()
+        self._every_s = every_s
+        node.machine.threads.start(self._run, "leases")
 
     def _run(self) -> None:
-        while not self._node.ending.wait(1.0):
+        while not self._node.ending.wait(self._every_s):
             try:
                 self._look()
             except (LandfallError, OSError) as error:
@@ -67,7 +66,7 @@ class LeaseWatch:
             mark = node.tenures.ended(tenure)
             if mark is None and tenure.lease_until_ns is not None:
                 with locked(node.keeper.folder / "gate", wait_s=0.0):
-                    keeper.ensure(node.keeper)
+                    node.keep(node.keeper)
             elif mark is not None and not mark.told:
                 try:
                     with locked(node.keeper.folder / "hands", wait_s=HANDS_S):

@@ -19,17 +19,16 @@ from agent.recovery.rescue import FileReceiver
 from agent.service.outbox import Outbox
 from agent.service.term import Term
 from agent.serving import address as addresses
+from agent.serving import keeper
 from agent.serving.address import Interface
 from agent.serving.exports import Exports, Share
 from agent.serving.keeper import KeeperOrder
+from agent.serving.machine import Machine
 from agent.serving.nfs import Nfs
-from agent.serving.samba import Samba
 from agent.serving.tenure import Tenures
 from agent.system.failpoint import failpoint
 from agent.system.neighbour import Link
 from agent.transfer.store import TransferStore
-from agent.volume import filesystem
-from agent.volume.freeze import thaw_if_frozen
 from agent.volume.lvm_snapshot import LvmSnapshotSubstrate
 from agent.volume.lvm_thin import LvmThinSubstrate
 from agent.volume.reflink import ReflinkSubstrate
@@ -56,32 +55,40 @@ class Reception(Protocol):
 class Node:
     """One NAS node as its agent sees it."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(
+        self,
+        config: Config,
+        machine: Machine | None = None,
+        *,
+        substrate: Substrate | None = None,
+        keep: Callable[[KeeperOrder], None] = keeper.ensure,
+    ) -> None:
+        """Without more, the node is this machine; ``keep`` sees to it that a keeper is at work."""
         for folder in (config.state_dir, config.run_dir, config.mount_dir):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.config = config
-        self.substrate = _substrate(config)
+        self.machine = machine or Machine()
+        self.substrate = substrate or _substrate(config)
         self.store = TransferStore(config.state_dir / "transfers")
         self.outbox = Outbox(config.state_dir / "outbox")
         self.tenures = Tenures(config.run_dir / "tenure")
-        samba = Samba(
-            config.run_dir / "samba", config.replication_address, config.smb_port, config.smb_guest or config.lab, self._service_addresses
-        )
+        folder, address, guest = config.run_dir / "samba", config.replication_address, config.smb_guest or config.lab
         nfs = Nfs(config.run_dir / "nfs", config.nfs_clients, config.nfs_security, config.nfs_squash)
-        self.exports = Exports((samba, nfs))
+        self.exports = Exports((self.machine.smb(folder, address, config.smb_port, guest, self._service_addresses), nfs))
         self.keeper = KeeperOrder(
             str(config.run_dir / "tenure"),
             str(config.mount_dir),
-            str(samba.folder),
-            samba.address,
-            samba.port,
-            samba.guest,
+            str(folder),
+            address,
+            config.smb_port,
+            guest,
             str(nfs.folder),
             nfs.clients,
             config.lease_margin_s,
         )
-        self.address_lock = threading.Lock()
-        self.ending = threading.Event()
+        self.keep = keep
+        self.address_lock = self.machine.threads.lock()
+        self.ending = self.machine.threads.event()
         self.term = Term(config.state_dir / "term")
         self.receptions: dict[UUID, Reception] = {}
         self.rescues: dict[UUID, FileReceiver] = {}
@@ -121,7 +128,7 @@ class Node:
 
     def serving(self, record: VolumeRecord) -> bool:
         """Whether this node has the volume mounted for clients."""
-        return filesystem.is_mounted(self.mount_point(record))
+        return self.machine.mounts.is_mounted(self.mount_point(record))
 
     def private_folder(self, *parts: str) -> Path:
         """Return a folder of our own, 0700, for mounts nobody else should see."""
@@ -137,7 +144,7 @@ class Node:
 
     def link(self) -> Link:
         """Return the interface of the service addresses; CommandFailed if it is missing."""
-        return addresses.link_with(self.config.replication_address, self.config.service_interface)
+        return self.machine.addresses.link_with(self.config.replication_address, self.config.service_interface)
 
     def drop_address(self, record: VolumeRecord, address: Interface | None = None) -> None:
         """Have the address of a volume no more, or the one named. If we die after it is gone, it is recorded still, and dropped again."""
@@ -147,7 +154,7 @@ class Node:
         if wanted is None:
             return
         failpoint("address.before_drop")
-        addresses.remove(wanted)
+        self.machine.addresses.remove(wanted)
         failpoint("address.after_drop")
         if tenure is not None and recorded == wanted:
             self.tenures.have_address(record.id, record.name, tenure.epoch, "")
@@ -183,10 +190,10 @@ class Node:
         """
         for record in self.substrate.volumes():
             if self.serving(record):
-                thaw_if_frozen(self.mount_point(record))
+                self.machine.mounts.thaw(self.mount_point(record))
         for folder in self.config.run_dir.glob("private/*"):
             with suppress(*([DeviceBusy] if folder.name == OPENED else [])):
-                filesystem.unmount_below(folder)
+                self.machine.mounts.unmount_below(folder)
         self.tenures.recover()
         self.substrate.recover()
 

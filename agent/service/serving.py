@@ -17,12 +17,10 @@ from agent.contract.identity import GenerationId, GenerationKind, next_generatio
 from agent.service.generations import settle
 from agent.service.node import Node, ProgressCall
 from agent.service.transfers import give_up, records_of
-from agent.serving import keeper
 from agent.serving.tenure import Tenure, is_over, remaining_s
 from agent.system.clock import boottime_ns, wall_ns
 from agent.system.failpoint import failpoint
 from agent.system.files import locked
-from agent.volume import filesystem
 from agent.volume.substrate import VolumeRecord
 
 LONGEST_LEASE_S: Final = 86400.0
@@ -125,14 +123,15 @@ def facts_of(node: Node, record: VolumeRecord) -> m.VolumeFacts:
         m.ReplicaState.OUTDATED if salvaged and not serving else m.ReplicaState.UP_TO_DATE,
         record.epoch,
         serving,
-        str(filesystem.device_of(mount_point)) if serving else "",
+        str(node.machine.mounts.device_of(mount_point)) if serving else "",
         str(mount_point) if serving else "",
         generations,
         lease_s=remaining_s(tenure, boottime_ns()) if in_force else None,
         address=tenure.address if in_force else "",
-        confirmed=in_force and tenure.confirmed and _is_primary_at(record, tenure.epoch),
+        confirmed=in_force and tenure.served and _is_primary_at(record, tenure.epoch),
         exports=node.exports.protocols(node.share(record)) if serving else (),
         sector_bytes=record.sector_bytes,
+        rests=tenure.rests_after is not None,
     )
 
 
@@ -154,15 +153,15 @@ def start_serving(node: Node, record: VolumeRecord, lease_until_ns: int | None =
         with locked(node.keeper.folder / "hands", wait_s=LOCKS_S):
             tenure = node.tenures.confirm(record.id, record.name, record.epoch, lease_until_ns)
         if lease_until_ns is not None:
-            keeper.ensure(node.keeper)
+            node.keep(node.keeper)
     _refuse_over(node, tenure)
     failpoint("serve.before_mount")
     if not node.serving(record):
         mount_point.mkdir(mode=0o755, parents=True, exist_ok=True)
         with node.substrate.operational(record.id) as device:
-            filesystem.mount(device, mount_point, record.filesystem, read_only=False)
-    elif not filesystem.is_writable(mount_point):
-        filesystem.remount(mount_point, read_only=False)
+            node.machine.mounts.mount(device, mount_point, record.filesystem, read_only=False)
+    elif not node.machine.mounts.is_writable(mount_point):
+        node.machine.mounts.remount(mount_point, read_only=False)
     failpoint("serve.after_mount")
     failpoint("serve.before_export")
     _refuse_over(node, tenure)
@@ -172,6 +171,7 @@ def start_serving(node: Node, record: VolumeRecord, lease_until_ns: int | None =
         node.exports.dismiss(node.share(record))
         node.exports.close(node.share(record))
         _refuse_over(node, tenure)
+    node.tenures.serve(tenure)
 
 
 def stop_serving(node: Node, record: VolumeRecord, *, quiesce: bool = False) -> None:
@@ -185,9 +185,9 @@ def stop_serving(node: Node, record: VolumeRecord, *, quiesce: bool = False) -> 
     failpoint("unserve.before_mount")
     if node.serving(record):
         if quiesce:
-            filesystem.remount(node.mount_point(record), read_only=True)
+            node.machine.mounts.remount(node.mount_point(record), read_only=True)
         else:
-            filesystem.unmount(node.mount_point(record))
+            node.machine.mounts.unmount(node.mount_point(record))
         node.tenures.rest(record.id, _newest_counter(node, record))
     failpoint("unserve.after_mount")
 
@@ -213,7 +213,7 @@ def _is_primary_at(record: VolumeRecord, epoch: int) -> bool:
 
 
 def _is_mounted(node: Node, record: VolumeRecord) -> bool:
-    return node.serving(record) and filesystem.is_writable(node.mount_point(record))
+    return node.serving(record) and node.machine.mounts.is_writable(node.mount_point(record))
 
 
 def _standing(node: Node, record: VolumeRecord) -> str:

@@ -74,7 +74,8 @@ def list_volumes(node: Node, arguments: m.ListVolumes, progress: ProgressCall) -
             found.append(facts_of(node, record))
         except (LandfallError, OSError) as error:
             unreadable.append(m.Unreadable(record.id, f"volume {record.name}", str(error)))
-    return m.Volumes(tuple(found), tuple(unreadable), node.watch.troubles() if node.watch else ())
+    troubles = node.watch.troubles() if node.watch else ()
+    return m.Volumes(tuple(found), tuple(unreadable), troubles, node.term.highest)
 
 
 def _is_unfinished(node: Node, record: VolumeRecord) -> bool:

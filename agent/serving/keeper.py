@@ -16,24 +16,22 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, NoReturn
 from uuid import UUID
 
 from agent.contract.errors import DeviceBusy, LandfallError
 from agent.contract.messages import from_document, to_document
 from agent.serving import address as addresses
 from agent.serving.exports import Share
+from agent.serving.machine import Machine
 from agent.serving.nfs import Nfs
-from agent.serving.samba import Samba
 from agent.serving.tenure import Tenure, Tenures, is_over
-from agent.serving.unwritable import make_unwritable
 from agent.system import clock
 from agent.system.files import held_elsewhere, lock_for_life, locked
 from agent.system.run import start
-from agent.volume import filesystem
 
 EVERY_S: Final = 0.25
 HANDS_S: Final = 1.0
@@ -84,39 +82,41 @@ def main() -> None:
         alone = lock_for_life(order.folder / "keeper", wait_s=HANDS_S)
     except DeviceBusy:
         return  # another is at work
-    tenures = Tenures(order.folder)
-    while not _is_idle(order, tenures):
-        for tenure in tenures.all():
-            if is_over(tenure, clock.boottime_ns(), order.margin_s):
-                _give_up(order, tenures, tenure.volume)
-        clock.wait_until(lambda: False, EVERY_S, every_s=EVERY_S)
+    keep(order, Machine(), lambda: os._exit(0))
     os.close(alone)
 
 
-def _is_idle(order: KeeperOrder, tenures: Tenures) -> bool:
-    """Whether there is nothing to keep; decided while nobody can add something, so that no lease is without a keeper."""
-    if any(_wants_keeping(order, tenures, tenure) for tenure in tenures.all()):
-        return False
-    try:
-        with locked(order.folder / "gate", wait_s=0.0):
-            if any(_wants_keeping(order, tenures, tenure) for tenure in tenures.all()):
-                return False
-            os._exit(0)  # with both locks held to the end: whoever waits at the gate finds no keeper
-    except DeviceBusy:
-        return False
+def keep(order: KeeperOrder, machine: Machine, leave: Callable[[], NoReturn], *, every_s: float = EVERY_S) -> NoReturn:
+    """Keep the leases until there is none, then ``leave``, which ends this process: it lets go of its locks with its life."""
+    tenures = Tenures(order.folder)
+    while True:
+        _leave_if_idle(order, machine, tenures, leave)
+        for tenure in tenures.all():
+            if is_over(tenure, clock.boottime_ns(), order.margin_s):
+                _give_up(order, machine, tenures, tenure.volume)
+        clock.sleep(every_s)
 
 
-def _wants_keeping(order: KeeperOrder, tenures: Tenures, tenure: Tenure) -> bool:
-    return tenure.lease_until_ns is not None and (tenures.ended(tenure) is None or _is_left(order, tenure))
+def _leave_if_idle(order: KeeperOrder, machine: Machine, tenures: Tenures, leave: Callable[[], NoReturn]) -> None:
+    """Leave where there is nothing to keep; decided while nobody can add something, so that no lease is without a keeper."""
+    if any(_wants_keeping(order, machine, tenures, tenure) for tenure in tenures.all()):
+        return
+    with contextlib.suppress(DeviceBusy), locked(order.folder / "gate", wait_s=0.0):
+        if not any(_wants_keeping(order, machine, tenures, tenure) for tenure in tenures.all()):
+            leave()  # with both locks held to the end: whoever waits at the gate finds no keeper
 
 
-def _is_left(order: KeeperOrder, tenure: Tenure) -> bool:
+def _wants_keeping(order: KeeperOrder, machine: Machine, tenures: Tenures, tenure: Tenure) -> bool:
+    return tenure.lease_until_ns is not None and (tenures.ended(tenure) is None or _is_left(order, machine, tenure))
+
+
+def _is_left(order: KeeperOrder, machine: Machine, tenure: Tenure) -> bool:
     """Whether something can still be reached or written to."""
-    is_mounted = filesystem.is_writable(Path(order.mounts) / tenure.name)
-    return is_mounted or bool(tenure.address and addresses.is_held(addresses.parse(tenure.address)))
+    is_mounted = machine.mounts.is_writable(Path(order.mounts) / tenure.name)
+    return is_mounted or bool(tenure.address and machine.addresses.is_held(addresses.parse(tenure.address)))
 
 
-def _give_up(order: KeeperOrder, tenures: Tenures, volume: UUID) -> None:
+def _give_up(order: KeeperOrder, machine: Machine, tenures: Tenures, volume: UUID) -> None:
     """Mark, end the exports, give up the address, make unwritable. Whoever serves anew holds the same lock, but not for ever."""
     with contextlib.ExitStack() as hands:
         with contextlib.suppress(DeviceBusy):  # an agent that was stopped while it held them
@@ -124,21 +124,21 @@ def _give_up(order: KeeperOrder, tenures: Tenures, volume: UUID) -> None:
         for tenure in tenures.all():
             if tenure.volume != volume or not is_over(tenure, clock.boottime_ns(), order.margin_s):
                 continue
-            if tenures.ended(tenure) is not None and not _is_left(order, tenure):
+            if tenures.ended(tenure) is not None and not _is_left(order, machine, tenure):
                 continue
             is_first = tenures.ended(tenure) is None
             if is_first:
                 tenures.mark_ended(tenure, REASON)
-            how = _end(order, tenures, tenure)
+            how = _end(order, machine, tenures, tenure)
             if is_first:
                 tenures.mark_ended(tenure, f"{REASON}: {how}")
                 log.info("volume %s: %s: %s", tenure.name, REASON, how)
 
 
-def _end(order: KeeperOrder, tenures: Tenures, tenure: Tenure) -> str:
+def _end(order: KeeperOrder, machine: Machine, tenures: Tenures, tenure: Tenure) -> str:
     """Return in words what was done."""
     done: list[str] = []
-    samba = Samba(
+    samba = machine.smb(
         Path(order.samba), order.samba_address, order.samba_port, order.samba_guest, lambda: _addresses_without(tenures, tenure.address)
     )
     others = tuple(share for share in samba.shares() if share.name != tenure.name)
@@ -147,13 +147,13 @@ def _end(order: KeeperOrder, tenures: Tenures, tenure: Tenure) -> str:
         done.append("exports ended")
     if tenure.address:
         with _going_on(done, "the address could not be given up"):
-            addresses.remove(addresses.parse(tenure.address))
+            machine.addresses.remove(addresses.parse(tenure.address))
             done.append("address given up")
     with _going_on(done, "the NFS export could not be ended"):  # only now that nobody can ask whether it is there
         nfs = Nfs(Path(order.nfs), order.nfs_clients)
         nfs.close(Share(tenure.name, Path(order.mounts) / tenure.name), limit_s=order.margin_s / 8)
     with _going_on(done, "the volume could not be made unwritable"):
-        done.append(make_unwritable(Path(order.mounts) / tenure.name, limit_s=order.margin_s / 5))
+        done.append(machine.make_unwritable(Path(order.mounts) / tenure.name, limit_s=order.margin_s / 5))
     if others:
         with _going_on(done, "the other shares could not be exported again"):
             samba.export_all(others)

@@ -133,14 +133,14 @@ class Nfs:
 
         If we die here, asking again does the rest. A step that hangs in the kernel is left behind: it can do no harm later.
         """
-        if not is_available() and not _listed():
+        if not self._pid_file.exists() and str(share.path) not in {path for path, _ in _listed()}:
             return
         until_s = monotonic_s() + limit_s
         device = os.stat(share.path).st_dev if filesystem.is_mounted(share.path) else None
         if names := [name for path, name in _listed() if path == str(share.path)]:
             ending = [_argument(name, share.path) for name in names]
             _ends(["exportfs", "-u", *ending], until_s, f"{share.path} is exported still")
-        if not _listed():
+        if not _listed() and self._pid_file.exists():  # without it the server is somebody else's
             self._stop(until_s)
         elif _threads() and device is not None:
             _ends(["tee", str(NFSD / "unlock_filesystem")], until_s, "locks could not be ended", f"{share.path}\n".encode())

@@ -25,6 +25,7 @@ class Tenure:
     """What this node may do for a volume at an epoch.
 
     ``rests_after`` is the counter of the newest generation when it was last made unwritable: what was taken since then holds all of it.
+    ``served``: the order to serve was carried out to its end; where it is not, as after a death on the way, it has to be given again.
     """
 
     volume: UUID
@@ -35,6 +36,7 @@ class Tenure:
     address: str = ""
     rests_after: int | None = None
     lease_until_ns: int | None = None  # of CLOCK_BOOTTIME; None: it serves without a lease
+    served: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +87,7 @@ class Tenures:
         """
         known = self.of(volume)
         lost = {"address": ""} if known is not None and self.ended(known) is not None else {}
-        tenure = self._change(volume, name, epoch, confirmed=True, rests_after=None, lease_until_ns=lease_until_ns, **lost)
+        tenure = self._change(volume, name, epoch, confirmed=True, rests_after=None, lease_until_ns=lease_until_ns, served=False, **lost)
         remove_durably(self._mark(volume))
         return tenure
 
@@ -109,6 +111,10 @@ class Tenures:
     def have_address(self, volume: UUID, name: str, epoch: int, address: str) -> Tenure:
         """Return the tenure with which an address is held; empty: none is."""
         return self._change(volume, name, epoch, address=address)
+
+    def serve(self, tenure: Tenure) -> None:
+        """Note that everything is up that a tenure is for."""
+        self._change(tenure.volume, tenure.name, tenure.epoch, served=True)
 
     def rest(self, volume: UUID, after: int) -> None:
         """Note that a volume which has a tenure cannot be written to any more, after generation ``after`` was taken."""

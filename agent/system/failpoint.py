@@ -13,6 +13,9 @@ import os
 import signal
 import threading
 from collections import Counter
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Final
 
 from agent.contract.errors import FailpointHit
 
@@ -22,6 +25,10 @@ _lock = threading.Lock()
 
 def failpoint(name: str) -> None:
     """Do nothing, unless a test armed ``name``."""
+    PASSING.get()(name)
+
+
+def _by_environment(name: str) -> None:
     if os.environ.get("LANDFALL_ALLOW_FAILPOINTS") != "1":
         return
     with _lock:
@@ -50,3 +57,7 @@ def _act(name: str, action: str) -> None:
             raise FailpointHit(f"failpoint {name}")
         case _:
             raise FailpointHit(f"failpoint {name} has the unknown action {action!r}")
+
+
+PASSING: Final[ContextVar[Callable[[str], None]]] = ContextVar("passing", default=_by_environment)
+"""What is done where a failpoint is passed. A variable of the context, so that a simulation places its own."""

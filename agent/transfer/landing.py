@@ -273,26 +273,19 @@ class _Pieces:
                 raise ProtocolViolated(f"the {what} data of piece {row} is not what the DMI says")
 
     def write(self, device: Device, chosen: Mask) -> None:
-        """Write the chosen pieces; neighbours in the batch that are neighbours on the volume in one call."""
+        """Write the chosen pieces; neighbours in the batch that are neighbours on the volume in one go, and many goes at once."""
         ends = np.cumsum(np.where(self._holes, 0, self._blocks))
-        run_first = run_begin = run_end = 0  # blocks: where the run is on the volume, and its part of the data
-        table = zip(self._first.tolist(), self._blocks.tolist(), ends.tolist(), self._holes.tolist(), chosen.tolist(), strict=True)
-        for first, blocks, end, hole, wanted in table:
-            if not wanted:
-                continue
-            if hole:
-                device.write_zeros(first, blocks)
-                continue
-            if end - blocks == run_end and first == run_first + run_end - run_begin and run_end > run_begin:
-                run_end = end
-                continue
-            self._write_run(device, run_first, run_begin, run_end)
-            run_first, run_begin, run_end = first, end - blocks, end
-        self._write_run(device, run_first, run_begin, run_end)
-
-    def _write_run(self, device: Device, first: int, begin: int, end: int) -> None:
-        if end > begin:
-            device.write(first, self._data[begin * BLOCK_BYTES : end * BLOCK_BYTES])
+        holes = chosen & self._holes
+        for first, blocks in zip(self._first[holes].tolist(), self._blocks[holes].tolist(), strict=True):
+            device.write_zeros(first, blocks)
+        wanted = np.flatnonzero(chosen & ~self._holes)
+        if not len(wanted):
+            return
+        first, blocks, end = self._first[wanted], self._blocks[wanted], ends[wanted]
+        place = end - blocks
+        heads = np.flatnonzero(np.append(True, (place[1:] != end[:-1]) | (first[1:] != first[:-1] + blocks[:-1])))
+        last = np.append(heads[1:], len(wanted)) - 1
+        device.write_scattered(first[heads], place[heads], end[last] - place[heads], self._data)
 
 
 def _fold(digests: BlockDigests, blocks: NDArray[np.int64], first: list[int]) -> list[bytes]:

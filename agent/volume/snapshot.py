@@ -23,13 +23,16 @@ _STEP_BYTES: Final = 64 << 20  # the kernel locks the live image for as long as 
 def clone_ahead(image_fd: int, clone_fd: int, newest_fd: int) -> ExtentMap:
     """Bring an empty clone near to a live image, beginning with the image's newest generation; return the clone's extents."""
     block.clone(newest_fd, clone_fd)
-    left = None
+    cloned, left = block.extent_map(clone_fd), None
     for _ in range(_PASSES):
-        ranges = catch_up(image_fd, clone_fd, block.extent_map(clone_fd))
+        ranges = catch_up(image_fd, clone_fd, cloned)
+        if not ranges:
+            break
+        cloned = block.extent_map(clone_fd)
         if ranges <= _FEW_RANGES or (left is not None and ranges > left // 2):
             break
         left = ranges
-    return block.extent_map(clone_fd)
+    return cloned
 
 
 def catch_up(image_fd: int, clone_fd: int, cloned: ExtentMap) -> int:

@@ -178,15 +178,16 @@ def statement(place: Place, volume: str, html: Path | None, rows: int, as_json: 
 @click.command()
 @volume_argument
 @click.option("--node", help="Which node; it has to be the primary.")
+@click.option("--without-peer", is_flag=True, help="The other node does not answer, and you know that it was not promoted meanwhile.")
 @as_json_option
 @at_place
-def serve(place: Place, volume: str, node: str | None, as_json: bool) -> None:
+def serve(place: Place, volume: str, node: str | None, without_peer: bool, as_json: bool) -> None:
     """Serve VOLUME from its primary, as after a reboot of it; `failover` is what makes the other node the primary."""
     from mgmt import run
     from mgmt.terminal import say, show_json
 
     with place.site() as site:
-        facts = run.serve(site, volume, node=node)
+        facts = run.serve(site, volume, node=node, without_peer=without_peer)
     show_json(to_document(facts)) if as_json else say(f"Volume {facts.name} is served at {facts.mount_point}.")
 
 

@@ -21,6 +21,7 @@ from mgmt.failover.plan import HAND_OVER, Facts, FailoverKind, Plan, Step, Wish,
 from mgmt.failover.steps import ACTIONS, Work
 from mgmt.failover.witness import look
 from mgmt.run import notices
+from mgmt.run.leases import let_serve
 from mgmt.run.roles import roles_of
 from mgmt.run.site import Site, Teller, nobody, operator
 from mgmt.run.volumes import facts_of
@@ -134,17 +135,19 @@ def _carried_out(work: Work) -> Account:
 
 
 def _take_back(work: Work, error: LandfallError) -> None:
-    """Let the source serve again what it is still primary of. If we die here, the next `failover --planned` goes on instead."""
+    """Let the source serve again what it is still primary of. If we die here, or it cannot be told, the failover stays open: nobody serves
+    then, and the next `failover --planned` goes on with it.
+    """
     plan, source = work.plan, work.site.node(work.plan.source)
     try:
         epoch = facts_of(source, plan.volume).epoch
         if plan.address:
             source.ask(m.TakeAddress(plan.volume, plan.address))
-        source.ask(m.ServeVolume(plan.volume, epoch))
+        let_serve(work.site, work.volume, plan.source, epoch)
     except LandfallError as second:
         error.add_note(f"{plan.source} could not be made to serve again: {second}")
-    else:
-        error.add_note(f"{plan.source} serves {plan.name} again; nothing was handed over")
+        return
+    error.add_note(f"{plan.source} serves {plan.name} again; nothing was handed over")
     work.journal.end(work.failover.id, error.code)
 
 

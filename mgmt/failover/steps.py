@@ -31,6 +31,7 @@ from mgmt.fencing.protocol import AgentOptions, FenceRequest
 from mgmt.report import LossStatement
 from mgmt.run import replication
 from mgmt.run import salvage as salvages
+from mgmt.run.leases import let_serve
 from mgmt.run.site import Site, Teller
 from mgmt.run.volumes import facts_of
 
@@ -133,7 +134,9 @@ def fence_node(site: Site, volume: VolumeEntry, node: str, epoch: int, confirmed
         site.catalog.term,
     )
     extra_s = {FenceKind.MANUAL: PERSON_LIMIT_S, FenceKind.LEASE: 2 * lease_s}.get(kind, 0.0)
-    return fence(kind, program_of(kind, options.program), FenceRequest(node, volume.id, epoch, asked), options.limit_s + extra_s)
+    return fence(
+        kind, program_of(kind, options.program), FenceRequest(node, volume.id, epoch, asked), options.limit_s + extra_s, site.program
+    )
 
 
 def salvage(work: Work) -> StepFacts:
@@ -178,7 +181,7 @@ def address(work: Work) -> StepFacts:
 
 def serve(work: Work) -> StepFacts:
     """Let the target mount and export the volume."""
-    facts = work.site.node(work.plan.target).ask(m.ServeVolume(work.plan.volume, work.plan.epoch))
+    facts = let_serve(work.site, work.volume, work.plan.target, work.plan.epoch)
     return {"mount_point": facts.mount_point}
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-from concurrent.futures import ThreadPoolExecutor
 
 from agent.contract import messages as m
 from agent.contract.errors import NodeUnreachable
@@ -21,8 +20,9 @@ def look(site: Site, source: str, target: str) -> Sight:
     A path that the network's own limit has not decided within ``probe_limit_s`` counts as no connection.
     """
     entry, limit_s = site.inventory.entry(source), site.inventory.probe_limit_s
-    with ThreadPoolExecutor(max_workers=1) as other:
-        peer = other.submit(site.node(target).ask, m.ProbePeer(entry.address, entry.ssh_port, limit_s), limit_s=limit_s + 30)
+    probe = m.ProbePeer(entry.address, entry.ssh_port, limit_s)
+    peer = site.threads.beside(lambda: site.node(target).ask(probe, limit_s=limit_s + 30))
+    try:
         ours = site.knock(entry.address, entry.ssh_port, limit_s)
         agent, reason = False, "no connection"
         if ours:
@@ -31,7 +31,8 @@ def look(site: Site, source: str, target: str) -> Sight:
                 agent = True
             except NodeUnreachable as error:
                 reason = error.message
-        said = peer.result()
+    finally:
+        said = peer()
     peers = said.reachable or REFUSED in said.reason
     words = f"from here: {'its agent answers' if agent else reason}; from {target}: {said.reason or 'a connection'}"
     return Sight(agent, ours, peers, words)

@@ -6,9 +6,9 @@ A node that can be paused is refused: its clock stands still with it, and when i
 
 from __future__ import annotations
 
-import threading
 from typing import Final
 
+from agent.system.clock import sleep
 from mgmt.fencing.protocol import FenceCode, FenceRequest, NotFencedError, serve
 
 DRIFT: Final = 1.01
@@ -23,9 +23,9 @@ def fence(request: FenceRequest) -> str:
         words = f"{request.node} can be paused: a lease proves nothing of it. Fence it by `libvirt` or `command`"
         raise NotFencedError(FenceCode.REFUSED, words)
     if request.options.lease_s <= 0:
-        raise NotFencedError(FenceCode.REFUSED, f"{request.node} was never given a lease of this volume, and serves without")
+        raise NotFencedError(FenceCode.REFUSED, f"{request.node} is not known to serve this volume under a lease that nobody else renews")
     wait_s = request.options.lease_s * DRIFT + ON_ITS_WAY_S
-    threading.Event().wait(wait_s)
+    sleep(wait_s)
     return f"the lease of {request.options.lease_s:g} s was not renewed for {wait_s:.1f} s"
 
 

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol
 from uuid import UUID
 
 from agent.contract.errors import CommandFailed, ProgramMissing
 from agent.system.clock import monotonic_s, wall_ns
-from agent.system.run import run
+from agent.system.run import Output, run
 from mgmt.fencing.kinds import FenceKind
 from mgmt.fencing.protocol import MAX_LINE_BYTES, FenceCode, FenceRequest
 
 ENDED_HOWEVER: Final = range(-64, 256)
+
+
+class Program(Protocol):
+    """Runs a program to its end, as agent.system.run does."""
+
+    def __call__(self, argv: Sequence[str], *, timeout_s: float, stdin: bytes, ok: Sequence[int]) -> Output: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,14 +44,14 @@ def program_of(kind: FenceKind, own: tuple[str, ...]) -> tuple[str, ...]:
     return own if kind is FenceKind.COMMAND else (sys.executable, "-m", f"mgmt.fencing.{kind.value.replace('-', '_')}")
 
 
-def fence(kind: FenceKind, argv: tuple[str, ...], request: FenceRequest, limit_s: float) -> Evidence:
+def fence(kind: FenceKind, argv: tuple[str, ...], request: FenceRequest, limit_s: float, program: Program = run) -> Evidence:
     """Return what the program ``argv`` did and said within ``limit_s``. Never raises for what a program does.
 
     If we die here the node is fenced or not, and nobody knows: the next run fences again, which does no harm.
     """
     begun = monotonic_s()
     try:
-        output = run(argv, stdin=request.line(), timeout_s=limit_s, ok=ENDED_HOWEVER)
+        output = program(argv, stdin=request.line(), timeout_s=limit_s, ok=ENDED_HOWEVER)
         code, proved, words = judge(request, output.status, output.stdout, output.stderr)
     except CommandFailed:
         code, proved, words = FenceCode.TOO_LATE, False, f"it did not end within {limit_s:g} s"

@@ -53,7 +53,7 @@ class AgentOptions:
     domain: str = ""  # libvirt: the virtual machine
     uri: str = ""  # libvirt: the hypervisor
     directory: str = ""  # lab: its folder
-    lease_s: float = 0.0  # lease: the longest that may have been given; 0: none ever was
+    lease_s: float = 0.0  # lease: the longest that may have been given; 0: perhaps it serves without
     pausable: bool = False  # its clock may stand still while it is not looked at, as a virtual machine's does
     confirmed: str = ""  # manual: the node that an operator named beforehand
     address: str = ""
@@ -99,19 +99,25 @@ class NotFencedError(Exception):
 
 def serve(fence: Callable[[FenceRequest], str]) -> NoReturn:
     """Run ``fence`` as a program: it returns the proof, or raises. Whatever else it raises is no proof."""
-    try:
-        request = FenceRequest.from_line(sys.stdin.buffer.readline(MAX_LINE_BYTES))
-        proof = fence(request)
-    except NotFencedError as error:
-        _end({"words": str(error)}, error.code)
-    except ValueError as error:
-        _end({"words": str(error)}, FenceCode.REFUSED)
-    except (LandfallError, OSError) as error:
-        _end({"words": str(error)}, FenceCode.UNTOLD)
-    _end({"node": request.node, "volume": str(request.volume), "epoch": request.epoch, "proof": proof}, FenceCode.FENCED)
-
-
-def _end(document: dict[str, object], code: FenceCode) -> NoReturn:
-    sys.stdout.write(json.dumps(document) + "\n")
+    said, code = answer(fence, sys.stdin.buffer.readline(MAX_LINE_BYTES))
+    sys.stdout.write(said)
     sys.stdout.flush()
     os._exit(code)  # no thread of a library may turn the code into another
+
+
+def answer(fence: Callable[[FenceRequest], str], line: bytes) -> tuple[str, FenceCode]:
+    """Return what a fence says when it is asked with ``line``, and the code it ends with."""
+    try:
+        request = FenceRequest.from_line(line)
+        proof = fence(request)
+    except NotFencedError as error:
+        return _said({"words": str(error)}), error.code
+    except ValueError as error:
+        return _said({"words": str(error)}), FenceCode.REFUSED
+    except (LandfallError, OSError) as error:
+        return _said({"words": str(error)}), FenceCode.UNTOLD
+    return _said({"node": request.node, "volume": str(request.volume), "epoch": request.epoch, "proof": proof}), FenceCode.FENCED
+
+
+def _said(document: dict[str, object]) -> str:
+    return json.dumps(document) + "\n"

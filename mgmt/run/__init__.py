@@ -9,6 +9,7 @@ replication   a generation, its differential, a transfer, resumed while both nod
 together      generations of several volumes, of one moment
 removal       the end of a volume
 restoring     single files from a generation
+leases        who serves under one, and what a fence may go by
 standing      how a volume stands: both sides' facts, open transfers with their gauge
 preflight     everything that must be right before the bad night
 verification  both copies of a generation compared, and made equal

@@ -9,7 +9,6 @@ continued; only what the arrival record lacks is sent.
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from uuid import UUID, uuid4
@@ -27,7 +26,7 @@ from agent.contract.errors import (
     TransferBusy,
 )
 from agent.contract.identity import GenerationId, GenerationKind, empty_generation
-from agent.system.clock import monotonic_s, wall_ns
+from agent.system.clock import monotonic_s, sleep, wall_ns
 from mgmt.catalog import TransferEntry, VolumeEntry
 from mgmt.run import notices
 from mgmt.run.retention import retain
@@ -357,5 +356,5 @@ def _until_committed(session: _Session, attempts: int) -> tuple[m.Sent, int]:
                 raise
             session.tell(session.entry.secondary, m.Progress(f"waiting to resume: {error.code}", number, attempts))
             number, busy_until = number + 1, monotonic_s() + BUSY_LIMIT_S
-        threading.Event().wait(pause_s)
+        sleep(pause_s)
         pause_s = min(2 * pause_s, LONGEST_PAUSE_S)

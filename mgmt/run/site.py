@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import pwd
+import secrets
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
@@ -17,8 +18,11 @@ from agent.contract import messages as m
 from agent.contract.errors import ConfigInvalid, DeviceBusy, FailoverBusy, NodeUnreachable, VersionUnknown
 from agent.contract.messages import Progress
 from agent.system.files import lock_for_life
+from agent.system.run import run as run_program
+from agent.system.threads import Threads
 from mgmt.authority import Authority
 from mgmt.catalog import Catalog
+from mgmt.fencing.proof import Program
 from mgmt.inventory import Inventory
 from mgmt.reach import Node, knock, ssh_node
 
@@ -32,22 +36,36 @@ HELLO_LIMIT_S = 20.0
 """At least; who gives nodes longer to be reached has slow ones, where starting the program that answers takes its time as well."""
 
 
+TERM_STEP = 10**6
+"""What a term is above the one before, at least about: the digits below are the chance by which two terms differ."""
+
+
 def nobody(node: str, progress: Progress) -> None:
     """Be told and say nothing."""
 
 
 class Site:
-    """The management node at work. ``nodes`` and ``knock`` replace the network in tests."""
+    """The management node at work. ``nodes`` and ``knock`` are the network, ``program`` runs fences; tests have others."""
 
-    def __init__(self, inventory: Inventory, nodes: dict[str, Node] | None = None, knock: Knock = knock) -> None:
+    def __init__(
+        self,
+        inventory: Inventory,
+        nodes: dict[str, Node] | None = None,
+        knock: Knock = knock,
+        *,
+        program: Program = run_program,
+        threads: Threads | None = None,
+        draw: Callable[[int], int] = secrets.randbelow,
+    ) -> None:
         inventory.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.inventory = inventory
         self.knock = knock
+        self.program = program
+        self.draw = draw
+        self.threads = threads or Threads()
         self.catalog = Catalog(inventory.state_dir / "catalog.sqlite")
         self._authority: Authority | None = None
         self._nodes: dict[str, Node] = dict(nodes or {})
-        for node in self._nodes.values():
-            node.term = self.catalog.term
 
     def __enter__(self) -> Self:
         return self
@@ -69,15 +87,16 @@ class Site:
         return self._authority
 
     def node(self, name: str) -> Node:
-        """Return a node; nothing is connected before it is asked something."""
+        """Return a node, to be ordered in the term of now; nothing is connected before it is asked something.
+
+        The term is looked up each time: a service that goes on while `landfall takeover` is called beside it is in charge with it.
+        """
         if name not in self._nodes:
             inventory = self.inventory
             self._nodes[name] = ssh_node(
-                inventory.entry(name),
-                connect_limit_s=inventory.connect_limit_s,
-                answer_limit_s=inventory.answer_limit_s,
-                term=self.catalog.term,
+                inventory.entry(name), connect_limit_s=inventory.connect_limit_s, answer_limit_s=inventory.answer_limit_s
             )
+        self._nodes[name].term = self.catalog.term
         return self._nodes[name]
 
     def alive(self, name: str) -> bool:
@@ -115,6 +134,9 @@ class Site:
     def take_over(self) -> int:
         """Put this management node in charge and return its term: above every agent's that answers; each is told at once.
 
+        Of two that take over at the same time, each of them reaching other agents, both would have the same term if that were only
+        counted. So its last digits are chance: one of the two is above, wherever it is heard of.
+
         NodeUnreachable if none answers: a term above those of nobody is no proof of anything. A node that is away obeys whoever reaches it
         first. If we die here some have been told; taking over again goes above them.
         """
@@ -126,10 +148,10 @@ class Site:
                 away.append(error)
         if not terms:
             raise away[0] if away else ConfigInvalid("the inventory names no node")
-        self.catalog.set_term(max(self.catalog.term, *terms.values()) + 1)
+        self.catalog.set_term(next_term(max(self.catalog.term, *terms.values()), self.draw))
         for name in terms:
-            self.node(name).term = self.catalog.term
-            self.hello(name)
+            with suppress(NodeUnreachable):  # it went away meanwhile, and is told when it is asked something
+                self.hello(name)
         return self.catalog.term
 
     def evidence_folder(self, transfer: UUID) -> Path:
@@ -146,6 +168,11 @@ def operator() -> str:
     except KeyError:
         user = str(os.getuid())
     return f"{user}@{socket.gethostname()}"
+
+
+def next_term(known: int, draw: Callable[[int], int]) -> int:
+    """Return a term above ``known`` that nobody else is likely to draw."""
+    return (known // TERM_STEP + 1) * TERM_STEP + draw(TERM_STEP)
 
 
 def release() -> str:

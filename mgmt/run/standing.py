@@ -24,6 +24,7 @@ class NodeView:
     problem: str = ""
     unreadable: tuple[m.Unreadable, ...] = ()  # of this volume, or of nobody knows which
     troubles: tuple[str, ...] = ()  # with the disks below it
+    term: int = 0  # the highest that the node has heard of
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,4 +114,5 @@ def _view(site: Site, entry: VolumeEntry, name: str) -> NodeView:
     problem = "its record of it cannot be read" if facts is None and unreadable else ""
     if facts is not None and not held.troubles:
         site.catalog.mark_over(name, entry.id, notices.DEVICE_CHANGED)
-    return NodeView(name, facts, tuple(found for found in listed if found.volume == entry.id), problem, unreadable, held.troubles)
+    transfers = tuple(found for found in listed if found.volume == entry.id)
+    return NodeView(name, facts, transfers, problem, unreadable, held.troubles, held.term)

@@ -8,11 +8,22 @@ from typing import Any
 from uuid import UUID, uuid4
 
 from agent.contract import messages as m
-from agent.contract.errors import LandfallError, LayoutUnsupported, NodeUnreachable, NoSuchVolume, NotPrimary, TransferBusy, VolumeExists
+from agent.contract.errors import (
+    FailoverBusy,
+    LandfallError,
+    LayoutUnsupported,
+    LeaseEnded,
+    NodeUnreachable,
+    NoSuchVolume,
+    NotPrimary,
+    TransferBusy,
+    VolumeExists,
+)
 from agent.contract.identity import FilesystemKind, GenerationKind, volume_name
 from mgmt.catalog import VolumeEntry
 from mgmt.determination import Policy
 from mgmt.reach import Node
+from mgmt.run.leases import let_serve
 from mgmt.run.roles import roles_of
 from mgmt.run.site import Site
 
@@ -166,12 +177,21 @@ def move_address(site: Site, name: str, address: str) -> VolumeEntry:
     return site.catalog.volume(name)
 
 
-def serve(site: Site, name: str, *, node: str | None = None) -> m.VolumeFacts:
+def serve(site: Site, name: str, *, node: str | None = None, without_peer: bool = False) -> m.VolumeFacts:
     """Return the volume as its primary serves it from now on, at its address; ``node``, if it is named, has to be that primary.
 
-    Nobody is promoted by this. NotPrimary for another node, and for one that was overtaken while it was away, which does not know it.
+    Nobody is promoted by this. NotPrimary for another node, and for one that was overtaken while it was away, which does not know it;
+    FailoverBusy until a failover is done: its fence holds only as long as nobody lets the node serve. NodeUnreachable if the peer does not
+    answer, which may have been promoted meanwhile; ``without_peer`` if an operator knows that it was not.
     """
+    with site.alone(site.catalog.volume(name).id):
+        return _served(site, name, node, without_peer)
+
+
+def _served(site: Site, name: str, node: str | None, without_peer: bool) -> m.VolumeFacts:
     entry = follow_roles(site, site.catalog.volume(name))
+    if site.catalog.failover_open(entry.id):
+        raise FailoverBusy(f"a failover of volume {name} is not done", fix=f"`landfall failover {name}` goes on with it.")
     server = node or entry.primary
     facts = facts_of(site.node(server), entry.id)
     if server != entry.primary or facts.epoch < entry.epoch:
@@ -179,9 +199,20 @@ def serve(site: Site, name: str, *, node: str | None = None) -> m.VolumeFacts:
             f"{entry.primary} is the primary of volume {name} at epoch {entry.epoch}, {server} stands at epoch {facts.epoch}",
             fix=f"`landfall failover {name}` lets the secondary take over, `landfall failback {name}` a node that has returned.",
         )
-    if entry.address:
-        site.node(server).ask(m.TakeAddress(entry.id, entry.address))
-    return site.node(server).ask(m.ServeVolume(entry.id, facts.epoch))
+    if not without_peer and not site.alive(entry.secondary):
+        raise NodeUnreachable(
+            f"{entry.secondary} does not answer, so nobody can say that it was not promoted while {server} was away",
+            fix=f"If you know that it was not: `landfall serve {name} --without-peer`.",
+        )
+    if not entry.address:
+        return let_serve(site, entry, server, facts.epoch)
+    take = m.TakeAddress(entry.id, entry.address)
+    try:
+        site.node(server).ask(take)
+    except LeaseEnded:  # what it gave up it takes only when it was told anew that it may
+        let_serve(site, entry, server, facts.epoch)
+        site.node(server).ask(take)
+    return let_serve(site, entry, server, facts.epoch)
 
 
 def unserve(site: Site, name: str, *, node: str | None = None) -> m.VolumeFacts:

@@ -10,17 +10,16 @@ from dataclasses import dataclass, field
 from typing import Final, Protocol
 from uuid import UUID
 
-from agent.contract import messages as m
-from agent.contract.errors import LandfallError
+from agent.contract.errors import FailoverBusy, LandfallError
 from agent.system.clock import monotonic_s, wall_ns
 from mgmt import run
 from mgmt.catalog import VolumeEntry
 from mgmt.failover.driver import failover
-from mgmt.failover.plan import Sight, Wish
+from mgmt.failover.journal import Journal
+from mgmt.failover.plan import Sight, Step, Wish
 from mgmt.failover.witness import look
-from mgmt.fencing.kinds import FenceKind
-from mgmt.run import Site, Standing
-from mgmt.watch.decision import Act, Decision, Facts, Failure, decide
+from mgmt.run import Site, Standing, leases
+from mgmt.watch.decision import Act, Decision, Facts, Failure, Unfinished, decide
 from mgmt.watch.schedule import next_due_ns
 
 CYCLE: Final = "cycle"
@@ -117,6 +116,8 @@ class Watch:
             patience_s=site.inventory.silence_limit_s,
             seen=_look(site, entry) if silent_s >= site.inventory.silence_limit_s else None,
             automatic=site.inventory.automatic_failover,
+            failover=_unfinished(site, entry),
+            term=site.catalog.term,
         )
 
     @staticmethod
@@ -186,13 +187,24 @@ def _look(site: Site, entry: VolumeEntry) -> Sight | None:
 def _renew_lease(site: Site, standing: Standing) -> None:
     """Let a primary that is fenced by its lease serve on for a while; never during a failover, which waits for the lease to end.
 
-    Recorded before it is asked for: a fence has to wait for the longest lease that may have been given. What cannot be renewed now is
-    renewed in the next cycle, or ends, as it should.
+    What cannot be renewed now is renewed in the next cycle, or ends, as it should.
     """
-    seconds, entry, facts = site.inventory.lease_s, standing.volume, standing.primary.facts
-    if site.inventory.entry(entry.primary).fence != FenceKind.LEASE or facts is None or not facts.serving:
+    entry, facts = standing.volume, standing.primary.facts
+    if not leases.is_leased(site, entry.primary) or facts is None or not facts.serving:
         return
     with suppress(LandfallError), site.alone(entry.id):
         if not site.catalog.failover_open(entry.id):
-            site.catalog.note_lease(entry.id, entry.primary, max(seconds, site.catalog.lease(entry.id, entry.primary)))
-            site.node(entry.primary).ask(m.RenewLease(entry.id, facts.epoch, seconds), limit_s=site.inventory.connect_limit_s)
+            leases.renew(site, entry, entry.primary, facts.epoch)
+
+
+def _unfinished(site: Site, entry: VolumeEntry) -> Unfinished | None:
+    """Return the failover that is not done, and whether somebody is at it."""
+    current = Journal(site.catalog).open_entry(entry.id)
+    if current is None:
+        return None
+    try:
+        with site.alone(entry.id):
+            is_worked_on = False
+    except FailoverBusy:
+        is_worked_on = True
+    return Unfinished(current.plan.kind, current.next_step or Step.RECORD, is_worked_on)

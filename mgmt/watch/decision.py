@@ -8,7 +8,7 @@ from typing import Final
 
 from agent.contract import messages as m
 from agent.contract.errors import LandfallError, Retry
-from mgmt.failover.plan import Life, Sight
+from mgmt.failover.plan import FailoverKind, Life, Sight, Step
 from mgmt.run import Standing
 from mgmt.view import moment
 
@@ -49,6 +49,15 @@ class Failure:
 
 
 @dataclass(frozen=True, slots=True)
+class Unfinished:
+    """A failover that was begun and is not done."""
+
+    kind: FailoverKind
+    step: Step  # at which it goes on
+    is_worked_on: bool  # a command is at it now
+
+
+@dataclass(frozen=True, slots=True)
 class Facts:
     """All that is known of a volume in one cycle."""
 
@@ -60,11 +69,42 @@ class Facts:
     patience_s: float  # how long it may be silent
     seen: Sight | None  # what both paths say of a primary that was silent for too long; None: the other could not be asked
     automatic: bool  # whether a failover wants no operator
+    failover: Unfinished | None = None
+    term: int = 0  # of this management node
 
 
 def decide(facts: Facts) -> Decision:
-    """Return the first that applies: what must not go on, what is gone, who may serve, what broke off, what is due."""
-    return _refused(facts) or _silent(facts) or _unconfirmed(facts) or _unfinished(facts) or _scheduled(facts)
+    """Return the first that applies; what only waits says so where nobody serves the volume, and nobody but an operator can end that."""
+    for found in (_overruled, _contested, _refused, _silent, _unconfirmed, _unfinished):
+        if decision := found(facts):
+            return decision
+    decision, primary = _scheduled(facts), facts.standing.primary
+    if decision.act is Act.WAIT and primary.facts is not None and primary.facts.rests:
+        told = f"{primary.node} was told to stop serving it, `landfall serve {facts.standing.volume.name}` lets it"
+        return Decision(Act.WAIT, f"{decision.sentence}; {told}")
+    return decision
+
+
+def _overruled(facts: Facts) -> Decision | None:
+    """Another management node took over: a node that heard of it takes no order of this one."""
+    heard = max(facts.standing.primary.term, facts.standing.secondary.term)
+    if heard <= facts.term:
+        return None
+    return Decision(Act.WAIT, f"waits: another management node is in charge, in term {heard}; `landfall takeover` puts this one in charge")
+
+
+def _contested(facts: Facts) -> Decision | None:
+    """A failover is not done: until it is, nobody may be let serve, since what it fenced is fenced only as long as nobody does."""
+    if facts.failover is None:
+        return None
+    name, step = facts.standing.volume.name, facts.failover.step
+    if facts.failover.is_worked_on:
+        return Decision(Act.WAIT, f"waits: a failover is at the step {step}")
+    is_planned = facts.failover.kind is FailoverKind.PLANNED
+    if facts.automatic and not is_planned:
+        return _unless_failed(facts, f"goes on with the failover that broke off at the step {step}", Act.FAILOVER)
+    command = f"`landfall failover {name}{' --planned' if is_planned else ''}` goes on with it"
+    return Decision(Act.HOLD, f"holds still: a failover broke off at the step {step}; {command}")
 
 
 def _refused(facts: Facts) -> Decision | None:
@@ -135,15 +175,15 @@ def _scheduled(facts: Facts) -> Decision:
     return _unless_failed(facts, f"replicates: it {since}")
 
 
-def _unless_failed(facts: Facts, sentence: str) -> Decision:
-    """Return the order to replicate, unless the last one failed in a way that wants a pause, or a person."""
+def _unless_failed(facts: Facts, sentence: str, act: Act = Act.REPLICATE) -> Decision:
+    """Return the order (to replicate, where it is not named), unless the last one failed in a way that wants a pause, or a person."""
     failed = facts.failure
     if failed is None:
-        return Decision(Act.REPLICATE, sentence)
+        return Decision(act, sentence)
     if failed.error.retry in {Retry.OPERATOR, Retry.NEVER}:
         # What was due again since may meet other circumstances; before that, nothing has changed.
         if facts.due_ns is None or facts.due_ns <= failed.at_ns or facts.now_ns < facts.due_ns:
             return Decision(Act.HOLD, f"holds still: {failed.error}")
     elif facts.now_ns < failed.again_ns:
         return Decision(Act.WAIT, f"waits until {moment(failed.again_ns)} to try again: {failed.error.message.rstrip('.')}")
-    return Decision(Act.REPLICATE, sentence)
+    return Decision(act, sentence)

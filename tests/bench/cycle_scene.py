@@ -118,16 +118,16 @@ class Scene:
             self.inside(node, "sync", "-f", path)
         cold()
 
-    def cycle(self) -> Cycle:
-        """Replicate what changed; return when it is committed on nas2, with the seconds of each stage."""
-        return self.asked(self._cycle)
+    def cycle(self, rate_limit_bytes_s: int = 0) -> Cycle:
+        """Replicate what changed; return when it is committed on nas2, with the seconds of each stage. 0: no limit."""
+        return self.asked(lambda site: self._cycle(site, rate_limit_bytes_s))
 
     def dmi(self) -> Dmi:
         """Return the DMI of the last cycle."""
         assert self._dmi is not None
         return self._dmi
 
-    def _cycle(self, site: operations.Site) -> Cycle:
+    def _cycle(self, site: operations.Site, rate_limit_bytes_s: int) -> Cycle:
         at: dict[str, float] = {}
 
         def mark(name: str) -> None:
@@ -144,6 +144,8 @@ class Scene:
         ask = site.node(NAS1).ask
 
         def asking(arguments: Any, *others: Any, **more: Any) -> Any:
+            if isinstance(arguments, m.TakeGeneration):
+                mark("looked around")
             answer = ask(arguments, *others, **more)
             if isinstance(arguments, m.TakeGeneration | m.BuildTransfer | m.SendTransfer):
                 mark(type(arguments).__name__)
@@ -152,14 +154,15 @@ class Scene:
         mark("begin")
         site.node(NAS1).ask = asking  # type: ignore[method-assign]
         try:
-            done = operations.replicate(site, VOLUME, route=route, tell=tell)
+            done = operations.replicate(site, VOLUME, rate_limit_bytes_s=rate_limit_bytes_s, route=route, tell=tell)
         finally:
             site.node(NAS1).ask = ask  # type: ignore[method-assign]
         mark("end")
         dmi = self._dmi = Dmi.decode(site.node(NAS1).fetch(m.FetchDmi(done.transfer)))
         assert done.built is not None
         names = (
-            ("take", "TakeGeneration"), ("build", "BuildTransfer"), ("listen", "listening"), ("send DMI", "management information"),
+            ("look around", "looked around"), ("take", "TakeGeneration"),
+            ("build", "BuildTransfer"), ("listen", "listening"), ("send DMI", "management information"),
             ("send pieces", "pieces"), ("verify and commit", "SendTransfer"), ("record", "end"),
         )  # fmt: skip
         stages, before = {}, at["begin"]

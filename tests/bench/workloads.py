@@ -34,7 +34,7 @@ def drill_tree(files: int) -> Workload:
     return Workload(
         "drill tree",
         f"{files:,} real and odd files, 10 % changed in every way in which files change",
-        max(512 * MIB, files * 100 * 1024),
+        max(512, files // 10) * MIB,
         files,
         lambda root: _ignore(workload.fill(root, files, files * 36_000, 1, lambda done, total: None)),
         lambda root, seed: _ignore(workload.change(root, files // 10, seed, lambda done, total: None)),
@@ -58,7 +58,7 @@ def small_files(files: int) -> Workload:
             with _small(root, number).open("r+b") as file:
                 file.write(generator.randbytes(generator.randrange(512, 4096)))
 
-    return Workload("small files", f"{files:,} files of 1 to 8 KiB, 1 % rewritten", max(512 * MIB, files * 12_000), files, fill, change)
+    return Workload("small files", f"{files:,} files of 1 to 8 KiB, 1 % rewritten", max(512, files // 50) * MIB, files, fill, change)
 
 
 def large_files(mib: int) -> Workload:

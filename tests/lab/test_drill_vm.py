@@ -15,6 +15,7 @@ from rich.console import Console
 
 from agent.contract.identity import FilesystemKind
 from agent.system.run import run
+from mgmt.drill.local import ADDRESS
 from mgmt.drill.options import LabKind, Options
 from mgmt.drill.report import document
 from mgmt.drill.stage import Stage
@@ -71,7 +72,7 @@ def held(lab: Lab, folder: Path) -> tuple[Drill, str]:
         sending=NODE_ROOT / "pool" / "state" / "transfers",
         fetched=NODE_ROOT / "state" / "transfers",
         pool=NODE_ROOT / "pool",
-        secondary_address=NodeName.NAS2.address,
+        service_address=ADDRESS,
         landfall=(sys.executable, "-m", "mgmt.cli", "--lab", str(lab.directory)),
         python=tuple(lifecycle.inside(lab, NodeName.NAS1, [sys.executable])),
         client=client,

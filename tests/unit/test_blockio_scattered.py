@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from agent.blockio import queues
 from agent.blockio.buffers import aligned
 from agent.blockio.device import Device
 from agent.blockio.scatter import gather, read_runs
@@ -119,6 +120,61 @@ def test_a_submission_that_fails_leaves_nothing_in_flight(image: Path) -> None:
         queue.close()
 
 
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("by", ["queue", "plain"])
+def test_scattered_writes_are_where_they_belong_and_nothing_else_changes(
+    image: Path, seed: int, by: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if by == "plain":
+        monkeypatch.setattr(queues.Queues, "take", lambda self: None)
+    random = np.random.default_rng(seed)
+    first = np.sort(random.choice(BLOCKS // 4, 40, replace=False)) * 4  # runs of at most four blocks
+    random.shuffle(first)
+    blocks = random.integers(1, 5, 40)
+    place = np.cumsum(blocks + random.integers(0, 2, 40)) - blocks  # some of the data is for nobody
+    data = aligned(int(place[-1] + blocks[-1]) * BLOCK)
+    data[:] = random.bytes(len(data))
+    wanted = bytearray(image.read_bytes())
+    for at, source, count in zip(first.tolist(), place.tolist(), blocks.tolist(), strict=True):
+        wanted[at * BLOCK : (at + count) * BLOCK] = data[source * BLOCK : (source + count) * BLOCK]
+    with Device.open_writing(image) as device:
+        device.write_scattered(first, place, blocks, data)
+        device.sync()
+    assert image.read_bytes() == wanted
+
+
+def test_a_write_into_the_odd_tail_is_cut_off_and_the_image_is_not_longer(image: Path) -> None:
+    data = aligned(2 * BLOCK)
+    data[:BLOCK], data[BLOCK : BLOCK + TAIL] = b"a" * BLOCK, b"b" * TAIL
+    with Device.open_writing(image) as device:
+        device.write_scattered(np.array([5, BLOCKS]), np.array([0, 1]), np.array([1, 1]), data)
+    content = image.read_bytes()
+    assert (len(content), content[5 * BLOCK : 6 * BLOCK], content[BLOCKS * BLOCK :]) == (BLOCKS * BLOCK + TAIL, b"a" * BLOCK, b"b" * TAIL)
+    with Device.open_writing(image) as device, pytest.raises(DeviceFailed, match="outside"):
+        device.write_scattered(np.array([5, BLOCKS + 1]), np.array([0, 1]), np.array([1, 1]), data)
+
+
+@pytest.mark.parametrize("result", [-errno.EIO, -errno.ENOSPC, 512])
+def test_E1_a_scattered_write_that_failed_is_written_the_plain_way_or_its_error_is_raised(
+    image: Path, result: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue_or_skip(4).close()
+    data = aligned(2 * BLOCK)
+    data[:] = b"x" * len(data)
+    monkeypatch.setattr(aio.Queue, "write", lambda self, fd, address, offset, length: np.array([result, BLOCK]))
+    rows = np.array([7, 9]), np.array([0, 1]), np.array([1, 1])
+    with Device.open_writing(image) as device:
+        device.write_scattered(*rows, data)
+        assert image.read_bytes()[7 * BLOCK : 8 * BLOCK] == b"x" * BLOCK
+
+        def fail(fd: int, view: memoryview, offset: int) -> int:
+            raise OSError(errno.EIO, "Input/output error")
+
+        monkeypatch.setattr(os, "pwrite", fail)
+        with pytest.raises(DeviceFailed, match="writing"):
+            device.write_scattered(*rows, data)
+
+
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.EPERM, errno.EAGAIN])
 def test_where_the_kernel_refuses_threads_read_and_that_is_said_once(
     image: Path, number: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -141,6 +197,7 @@ FORBIDDEN = """
 import ctypes, struct, sys
 from pathlib import Path
 import numpy as np
+from agent.blockio import queues
 from agent.blockio.buffers import aligned
 from agent.blockio.device import Device
 from agent.blockio.scatter import gather

@@ -29,7 +29,7 @@ from mgmt import run
 from mgmt.determination import AtomicSet, Policy
 from mgmt.report import LossStatement
 from mgmt.run import replication
-from mgmt.run.site import HELLO_LIMIT_S
+from mgmt.run.site import HELLO_LIMIT_S, next_term
 from mgmt.view import to_json
 from tests.unit.mgmt_pair import Pair, S, die, lose
 
@@ -441,6 +441,18 @@ def test_I7_only_the_primary_serves_and_serving_promotes_nobody(pair: Pair) -> N
         assert pair.nas2.said(m.ServeVolume) == pair.nas2.said(m.PromoteVolume) == []
 
 
+def test_I3_nobody_is_let_serve_while_the_peer_cannot_say_that_it_was_not_promoted(pair: Pair) -> None:
+    with pair.site() as site:
+        pair.with_volume(site)
+        run.unserve(site, "projects")
+    pair.nas2.dead = True
+    with pair.site() as site:
+        with pytest.raises(NodeUnreachable, match="nobody can say"):
+            run.serve(site, "projects")
+        assert not pair.serving["nas1"]
+        assert run.serve(site, "projects", without_peer=True).serving, "an operator may know"
+
+
 def test_I3_a_node_that_was_overtaken_while_it_was_away_is_not_served_from(pair: Pair) -> None:
     with pair.site() as site:
         pair.with_volume(site)
@@ -456,13 +468,20 @@ def test_C8_C9_taking_over_goes_above_every_agent_and_tells_them(pair: Pair) -> 
         run.add_volume(site, "projects", filesystem=FilesystemKind.XFS, size_bytes=1 << 30, primary="nas1", secondary="nas2")
         assert (pair.nas1.term, pair.nas2.term) == (1, 1)
         pair.nas2.term = 7  # somebody took over while we were away
-        assert site.take_over() == 8
-        assert (pair.nas1.term, pair.nas2.term) == (8, 8)
+        term = site.take_over()
+        assert term > 7
+        assert (pair.nas1.term, pair.nas2.term) == (term, term)
     pair.nas1.dead = pair.nas2.dead = True
     with pair.site() as site:
         with pytest.raises(NodeUnreachable):
             site.take_over()
-        assert site.catalog.term == 8
+        assert site.catalog.term == term
+
+
+def test_C8_two_that_take_over_from_the_same_term_are_not_in_charge_together() -> None:
+    drawn = iter((17, 4711))
+    one, other = (next_term(7, lambda most: next(drawn)) for _ in range(2))
+    assert 7 < one < other < next_term(one, lambda most: 0)
 
 
 def test_J10_names_that_are_not_plain_are_refused_before_anybody_is_asked(pair: Pair) -> None:

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 
 from agent.contract import messages as m
-from agent.contract.errors import BaseMismatch, ConfigInvalid, LinkLost
+from agent.contract.errors import BaseMismatch, ConfigInvalid, FailoverBusy, LinkLost
 from agent.system.files import lock_for_life
 from mgmt import run
-from mgmt.failover.plan import Sight
+from mgmt.failover.driver import failover
+from mgmt.failover.plan import Sight, Wish
 from mgmt.inventory import Inventory
 from mgmt.run import Site, replication
 from mgmt.watch import service
@@ -167,13 +168,54 @@ def test_I3_a_primary_that_came_up_serves_when_it_is_told_that_nobody_took_over(
     assert "waits" in scene.cycle()
 
 
-def test_a_lease_is_recorded_before_it_is_given_and_not_given_during_a_failover(scene: Scene) -> None:
+def test_a_lease_counts_when_the_node_said_that_it_has_it_and_in_the_term_in_which_it_said_so(scene: Scene) -> None:
     scene.pair.fence = "lease"
     with scene.pair.site() as site:
         scene.watch.cycle(site)
         volume = site.catalog.volume("projects").id
+        assert site.catalog.lease(volume, "nas1") == 0.0, "it did not take the lease, and may serve without"
+        scene.pair.nas1.handlers[m.RenewLease] = lambda asked: m.Lease(asked.seconds)
+        scene.pair.nas1.asked.clear()
+        scene.watch.cycle(site)
         assert site.catalog.lease(volume, "nas1") == site.inventory.lease_s
         assert [asked.seconds for asked in scene.pair.nas1.said(m.RenewLease)] == [site.inventory.lease_s]
+        site.catalog.set_term(2)
+        assert site.catalog.lease(volume, "nas1") == 0.0, "who was in charge before may still renew it"
+
+
+def test_what_an_operator_ended_is_not_begun_again_and_not_forgotten(scene: Scene) -> None:
+    (facts,) = scene.pair.facts("nas1")
+    scene.pair.nas1.handlers[m.ListVolumes] = lambda _: m.Volumes((replace(facts, rests=True, confirmed=True),))
+    said = "projects waits to be told: it has no schedule; nas1 was told to stop serving it, `landfall serve projects` lets it."
+    assert scene.cycle() == said
+
+
+def test_C8_a_service_waits_where_another_management_node_took_over(scene: Scene) -> None:
+    scene.pair.nas2.handlers[m.ListVolumes] = lambda _: m.Volumes(scene.pair.facts("nas2"), term=7)
+    waits = "projects waits: another management node is in charge, in term 7; `landfall takeover` puts this one in charge."
+    assert scene.cycle() == waits
+    scene.site.catalog.set_term(7)
+    assert scene.cycle() == "projects waits to be told: it has no schedule."
+
+
+def test_C5_nobody_is_let_serve_until_a_failover_that_broke_off_is_done(scene: Scene) -> None:
+    fence_by(scene.pair, 0)
+    run.replicate(scene.site, "projects")
+    scene.pair.nas1.dead = True
+    site = scene.pair.site()
+    scene.pair.nas2.handlers[m.PromoteVolume] = lambda _: (_ for _ in ()).throw(LinkLost("as the script says"))
+    with pytest.raises(LinkLost):
+        failover(site, "projects", Wish())
+    scene.pair.nas1.dead, scene.pair.serving["nas1"] = False, False
+    command = "holds still: a failover broke off at the step promote; `landfall failover projects` goes on with it."
+    assert scene.cycle() == f"projects {command}"
+    with pytest.raises(FailoverBusy):
+        run.serve(site, "projects")
+    assert not scene.pair.serving["nas1"], "it was fenced, and what was proved has to stay true"
+    with site.alone(site.catalog.volume("projects").id):
+        assert scene.cycle() == "projects waits: a failover is at the step promote."
+    scene.automatic()
+    assert scene.cycle() == "projects goes on with the failover that broke off at the step promote."
 
 
 def test_a_salvage_is_the_operators_to_go_on_with(scene: Scene) -> None:

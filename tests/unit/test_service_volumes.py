@@ -45,12 +45,18 @@ class World:
             close=lambda _: None,
             protocols=lambda share: ("SMB",) if share.name in self.shared else (),
         )
+        mounts = SimpleNamespace(
+            mount=lambda _, mount_point, *__, **___: self.mounted.add(mount_point.name),
+            unmount=lambda mount_point: self.mounted.discard(mount_point.name),
+            device_of=lambda _: Path("/dev/null"),
+        )
         self.node = cast(
             Node,
             SimpleNamespace(
                 config=SimpleNamespace(node="nas1", lease_margin_s=10.0),
                 substrate=substrate,
                 exports=exports,
+                machine=SimpleNamespace(mounts=mounts),
                 job=self.job,
                 tenures=Tenures(folder / "tenure"),
                 keeper=SimpleNamespace(folder=folder / "tenure"),
@@ -83,9 +89,6 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
     monkeypatch.setattr(volumes, "kind_of", lambda _: None)
     monkeypatch.setattr(filesystem, "make", lambda *_: None)
     monkeypatch.setattr(filesystem, "refuse_unsupported", lambda *_: None)
-    monkeypatch.setattr(filesystem, "mount", lambda _, mount_point, *__, **___: made.mounted.add(mount_point.name))
-    monkeypatch.setattr(filesystem, "unmount", lambda mount_point: made.mounted.discard(mount_point.name))
-    monkeypatch.setattr(filesystem, "device_of", lambda _: Path("/dev/null"))
     return made
 
 

@@ -8,20 +8,18 @@ to ask, and a skip of every test would look like a result. `make vm-drill` sets 
 
 from __future__ import annotations
 
-import json
 import os
-import sys
 from pathlib import Path
 
 import pytest
 import testinfra
 from testinfra.host import Host
 
-from tests.vm.run import ROOT, Run, Volume, logical_volumes
+from tests.vm.run import ROOT, Listing, Run, Volume, listing, logical_volumes
 
 collect_ignore_glob = [] if "LANDFALL_VM_RUN" in os.environ else ["test_*.py"]
 
-INVENTORY = ROOT / "build" / "vm" / "inventory.yml"
+SSH_CONFIG = ROOT / "build" / "vm" / "ssh_config"
 
 
 @pytest.fixture(scope="session")
@@ -31,9 +29,7 @@ def run() -> Run:
 
 
 def machine(name: str) -> Host:
-    # testinfra asks ansible-inventory, which is in the virtual environment.
-    os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    return testinfra.get_host(f"ansible://{name}", ansible_inventory=str(INVENTORY), sudo=True)
+    return testinfra.get_host(f"ssh://{name}", ssh_config=str(SSH_CONFIG), sudo=True)
 
 
 @pytest.fixture(scope="session")
@@ -59,11 +55,10 @@ def nas(request: pytest.FixtureRequest) -> Host:
 
 
 @pytest.fixture(scope="session")
-def served(nas2: Host, run: Run) -> dict[str, dict[str, object]]:
+def served(nas2: Host, run: Run) -> Listing:
     """Every file that nas2 serves, with attributes and digest, told by a program that is sent there."""
     script = (ROOT / "mgmt" / "drill" / "checker" / "digests.py").read_text()
-    listing: dict[str, dict[str, object]] = json.loads(nas2.check_output("python3 -c %s %s", script, run.mount_point))
-    return listing
+    return listing(nas2.check_output("python3 -c %s %s", script, run.mount_point))
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,12 @@ ROOT = Path(__file__).resolve().parents[2]
 Listing = dict[str, dict[str, Any]]
 
 
+def listing(document: str) -> Listing:
+    """Return what the program of digests printed; the root's path is empty, as loss statements have it."""
+    found: Listing = json.loads(document)
+    return {"" if path == "." else path: told for path, told in found.items()}
+
+
 @dataclass(frozen=True, slots=True)
 class Run:
     """A drill's own account and, per path, what the source's frozen generations held before the kill."""
@@ -26,8 +32,8 @@ class Run:
     @staticmethod
     def read(folder: Path) -> Run:
         """Return the drill in a folder."""
-        names = ("report", "loss", "served", "base", "target")
-        return Run(*(json.loads((folder / f"{name}.json").read_text()) for name in names))
+        told = (json.loads((folder / f"{name}.json").read_text()) for name in ("report", "loss", "served"))
+        return Run(*told, *(listing((folder / f"{name}.json").read_text()) for name in ("base", "target")))
 
     @property
     def volume(self) -> str:
@@ -41,6 +47,11 @@ class Run:
     @property
     def mount_point(self) -> str:
         return str(self.served["mount_point"])
+
+    @property
+    def address(self) -> str:
+        """Where clients find the volume."""
+        return str(self.served["address"]).partition("/")[0]
 
     @property
     def accounts(self) -> list[dict[str, Any]]:

@@ -88,7 +88,7 @@ def test_nothing_is_there_that_neither_generation_had(run: Run, served: Listing)
 
 
 def test_clients_of_smb_read_the_recovered_bytes(run: Run, mgmt: Host) -> None:
-    """From the management node, another machine than the one that serves."""
+    """From the management node, another machine than the one that serves, and where they found the volume before."""
     plain = [
         path
         for account in run.accounts
@@ -99,7 +99,7 @@ def test_clients_of_smb_read_the_recovered_bytes(run: Run, mgmt: Host) -> None:
     assert plain
     for path in sorted(plain)[:: max(1, len(plain) // 8)]:
         backslashes = path.replace("/", "\\")
-        read = mgmt.check_output("smbclient -N %s -c %s | sha256sum", f"//10.78.0.12/{run.name}", f'get "{backslashes}" -')
+        read = mgmt.check_output("smbclient -N %s -c %s | sha256sum", f"//{run.address}/{run.name}", f'get "{backslashes}" -')
         assert read.split()[0] == run.target[path]["sha256"], path
 
 

@@ -46,7 +46,7 @@ class Places:
     sending: Path = Path("/var/lib/landfall/state/transfers")  # on nas1
     fetched: Path = Path("/var/lib/landfall/mgmt/transfers")  # on the management node
     pool: Path = Path("/var/lib/landfall/pool")  # on a node without a volume group
-    secondary_address: str = "10.78.0.12"  # Vagrantfile
+    service_address: str = "10.78.0.100/24"  # on the Vagrantfile's network, nobody's own
     landfall: tuple[str, ...] = ("/opt/landfall/venv/bin/landfall",)
     python: tuple[str, ...] = ("/opt/landfall/venv/bin/python",)  # on nas1
     client: tuple[str, ...] = ()  # what runs an SMB client on this host
@@ -145,7 +145,7 @@ class Drill:
                     result=self._image("result"),
                     dmi=self.images / "dmi",
                     arrival=self.images / "arrival",
-                    smb=f"//{self._places.secondary_address}/{self.volume}",
+                    smb=f"//{self._places.service_address.partition('/')[0]}/{self.volume}",
                     smb_client=shlex.join([*self._places.client, "smbclient", "-N"]),
                 ),
                 statement,
@@ -168,6 +168,7 @@ class Drill:
             "drill_volume": self.volume,
             "drill_filesystem": str(options.filesystem),
             "drill_size_bytes": options.size_bytes,
+            "drill_address": self._places.service_address,
             "drill_content_bytes": options.content_bytes,
             "drill_files": options.files,
             "drill_changes": options.changes,
