@@ -40,6 +40,7 @@ from agent.volume import filesystem
 PORT: Final = 2049
 ETAB: Final = Path("/var/lib/nfs/etab")
 NFSD: Final = Path("/proc/fs/nfsd")
+FILESYSTEMS: Final = Path("/proc/filesystems")
 RPC: Final = Path("/proc/net/rpc")
 PACKAGE: Final = "nfs-kernel-server"
 PROGRAMS: Final = ("exportfs", "rpc.mountd", "rpc.nfsd")
@@ -255,12 +256,16 @@ def refuse_lacking() -> None:
             raise ProgramMissing(f"{program} is not installed", fix=f"Install {PACKAGE} (apt-get install {PACKAGE}).")
     if is_available():
         return
-    if not NFSD.exists():
+    if not _is_in_kernel():
         with suppress(ProgramMissing):
             run(["modprobe", "nfsd"], ok=range(256))
-    if not NFSD.exists():
+    if not _is_in_kernel():
         raise KernelLacks("this kernel has no NFS server", fix="`modprobe nfsd`; in a container load it on the host, or empty nfs_clients.")
     run(["mount", "-n", "-t", "nfsd", "nfsd", str(NFSD)])
+
+
+def _is_in_kernel() -> bool:
+    return "\tnfsd\n" in FILESYSTEMS.read_text()
 
 
 def folder_problem(folder: Path) -> str:

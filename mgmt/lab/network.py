@@ -71,7 +71,7 @@ def forget_services(lab: Lab, node: NodeName) -> None:
 def end_nfs(lab: Lab, node: NodeName) -> None:
     """End the kernel's NFS server of a node: its threads are none of the node's processes, and keep its volumes and its namespace."""
     path = NAMESPACES / lab.namespace(node)
-    if Path("/proc/fs/nfsd").exists() and os.path.ismount(path):
+    if "\tnfsd\n" in Path("/proc/filesystems").read_text() and os.path.ismount(path):
         end = "mount -t nfsd nfsd /proc/fs/nfsd && echo 0 >/proc/fs/nfsd/threads"  # the one of the namespace we are in
         run(["nsenter", f"--net={path}", "--", "unshare", "--mount", "--propagation=private", "--", "sh", "-c", end])
 

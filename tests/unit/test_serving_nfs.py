@@ -134,6 +134,8 @@ def test_an_etab_names_paths_and_clients() -> None:
 
 def test_a_node_without_the_server_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = Nfs(tmp_path, ("192.0.2.0/24",))
+    (tmp_path / "filesystems").write_text("nodev\tnfs\n\text4\n")
+    monkeypatch.setattr(nfs, "FILESYSTEMS", tmp_path / "filesystems")
     monkeypatch.setattr(nfs, "NFSD", tmp_path / "nfsd")
     monkeypatch.setattr(nfs, "run", lambda *_, **__: None)
     monkeypatch.setattr(shutil, "which", lambda _: None)
