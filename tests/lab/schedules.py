@@ -162,6 +162,9 @@ class Stage:
         for node in NAS:
             with contextlib.suppress(LandfallError):
                 self._at_site(lambda site, node=node: run.unserve(site, self.name, node=node))  # type: ignore[misc]
+        for node in map(NodeName, NAS):  # what was armed and not passed goes with the process
+            self._ignore(control.stop_service, self.lab, node, "agent")
+            self._ignore(control.start_service, self.lab, node, "agent", {})
 
     # --- the volume ---
 
