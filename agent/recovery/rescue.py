@@ -6,7 +6,6 @@ that serves makes (``restore``). A link that breaks leaves every file old or new
 
 from __future__ import annotations
 
-import hmac
 import queue
 import socket
 import threading
@@ -19,17 +18,17 @@ from uuid import UUID
 
 from agent.contract import file_frames as wire
 from agent.contract import frames
-from agent.contract.errors import DeviceFailed, LandfallError, LinkLost, PeerRefused, ProtocolViolated
+from agent.contract.errors import LandfallError, LinkLost, PeerRefused, ProtocolViolated
 from agent.contract.frames import FrameType, Hello, Welcome
 from agent.contract.messages import Differential, TlsMaterial
 from agent.recovery.gather import Attributes, Content, Directory, Inode, Item, Refused, Spot, Whole, gather
 from agent.recovery.restore import Restored, Restorer
 from agent.system.failpoint import failpoint
 from agent.transfer import tls
-from agent.transfer.door import Door, DoorRules
+from agent.transfer.door import Door, DoorRules, is_token
 from agent.transfer.group import ThreadGroup
 from agent.transfer.rate import RateLimit
-from agent.transfer.stream import HEARTBEAT_S, Stream
+from agent.transfer.stream import HEARTBEAT_S, Stream, complaint
 
 _CONNECT_LIMIT_S: Final = 60.0
 _HANDSHAKE_LIMIT_S: Final = 10.0
@@ -185,7 +184,7 @@ class _Sending:
     def _break(self, error: BaseException) -> None:
         if self._stream is not None:
             if not isinstance(error, LinkLost):
-                self._stream.complain(_complaint(error))
+                self._stream.complain(complaint(error, "other node"))
             self._stream.abort()
         self._restored.put(None)
 
@@ -311,7 +310,7 @@ class FileReceiver:
     def _register(self, stream: Stream, hello: Hello) -> None:
         """Let in who shows the order and its token; PeerRefused, also for the second who does."""
         expected = self._order.hello
-        if not hmac.compare_digest(hello.token.encode("utf-8", "surrogatepass"), expected.token.encode()):
+        if not is_token(hello.token, expected.token):
             raise PeerRefused("the token is not that of this order")
         if hello != expected:
             raise ProtocolViolated("the two nodes were given different orders")
@@ -330,7 +329,7 @@ class FileReceiver:
             stream = self._stream
         if stream is not None:
             if not isinstance(error, LinkLost):
-                stream.complain(_complaint(error))
+                stream.complain(complaint(error, "other node"))
             stream.abort()
         self._first.put(None)
 
@@ -347,12 +346,3 @@ class FileReceiver:
         self._door.free()
         if stream is not None:
             stream.close()
-
-
-def _complaint(error: BaseException) -> LandfallError:
-    """Return what the other side is told of a failure here."""
-    if isinstance(error, LandfallError):
-        return error
-    if isinstance(error, OSError):
-        return DeviceFailed("a disk of the other node failed", cause=str(error), fix="Look at its dmesg and journal.")
-    return LandfallError(f"{type(error).__name__} on the other node")

@@ -7,12 +7,10 @@ from contextlib import contextmanager
 
 from agent.contract import messages as m
 from agent.contract.errors import BaseMismatch, LayoutUnsupported
-from agent.contract.identity import volume_name
 from agent.service.node import Node, ProgressCall
 from agent.service.serving import facts_of, start_serving
-from agent.service.volumes import refuse_known
+from agent.service.volumes import new_record, refuse_known
 from agent.volume import filesystem
-from agent.volume.substrate import VolumeRecord
 from agent.volume.superblock import kind_of
 
 
@@ -28,15 +26,7 @@ def adopt(node: Node, arguments: m.AdoptVolume, progress: ProgressCall) -> m.Vol
     What it holds is never removed here, whatever fails: until it is the operational volume it is where it was, and from then on it is
     that. If we die in between or before it is served, asking again does the rest; asked after that, it is served still.
     """
-    record = VolumeRecord(
-        arguments.volume,
-        volume_name(arguments.name),
-        arguments.filesystem,
-        arguments.size_bytes,
-        arguments.sector_bytes,
-        m.Role.PRIMARY,
-        epoch=1,
-    )
+    record = new_record(arguments, m.Role.PRIMARY)
     with node.job(record.id, "volume.adopt"):
         if record not in node.substrate.volumes():
             refuse_known(node, record)

@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 
 from agent.contract import messages as m
 from agent.contract.errors import DeviceBusy, LandfallError, NoSuchGeneration
-from agent.contract.identity import GenerationId
+from agent.contract.identity import GenerationId, empty_generation
 from agent.recovery.gather import Directory, Inode, Spot, refuse_unplain
 from agent.recovery.rescue import FileOrder, FileReceiver, send_files
 from agent.recovery.restore import Guard, Restored, Restorer, restore
@@ -119,7 +119,7 @@ def _guarded(node: Node, record: VolumeRecord, files: tuple[m.PlacedFile, ...], 
     with ExitStack() as stack:
         base_fd = -1
         try:
-            if since is not None:
+            if since is not None and since != empty_generation(record.id):  # which has no filesystem
                 node.generation(since)
                 base_fd = stack.enter_context(view(node, record, since, "rescue-base")).mount_fd
         except NoSuchGeneration:

@@ -18,15 +18,7 @@ def create(node: Node, arguments: m.CreateVolume, progress: ProgressCall) -> m.V
     If we die before it is served, the volume is there, not serving; asked again, what is missing is done, and a filesystem that is there
     stays as it is.
     """
-    record = VolumeRecord(
-        arguments.volume,
-        volume_name(arguments.name),
-        arguments.filesystem,
-        arguments.size_bytes,
-        arguments.sector_bytes,
-        m.Role.PRIMARY,
-        epoch=1,
-    )
+    record = new_record(arguments, m.Role.PRIMARY)
     with node.job(record.id, "volume.create"):
         is_new = not _is_unfinished(node, record)
         if is_new:
@@ -49,21 +41,19 @@ def create(node: Node, arguments: m.CreateVolume, progress: ProgressCall) -> m.V
 
 def admit(node: Node, arguments: m.AdmitReplica, progress: ProgressCall) -> m.VolumeFacts:
     """Get ready to hold the second operational volume. Asked again for the same volume, it changes nothing."""
-    record = VolumeRecord(
-        arguments.volume,
-        volume_name(arguments.name),
-        arguments.filesystem,
-        arguments.size_bytes,
-        arguments.sector_bytes,
-        m.Role.SECONDARY,
-        epoch=1,
-    )
+    record = new_record(arguments, m.Role.SECONDARY)
     if record in node.substrate.volumes():
         return facts_of(node, record)
     refuse_known(node, record)
     with node.job(record.id, "volume.admit"):
         node.substrate.create(record)
     return facts_of(node, record)
+
+
+def new_record(arguments: m.CreateVolume | m.AdoptVolume | m.AdmitReplica, role: m.Role) -> VolumeRecord:
+    """Return the record that a new volume has; NameRefused."""
+    name = volume_name(arguments.name)
+    return VolumeRecord(arguments.volume, name, arguments.filesystem, arguments.size_bytes, arguments.sector_bytes, role, epoch=1)
 
 
 def list_volumes(node: Node, arguments: m.ListVolumes, progress: ProgressCall) -> m.Volumes:

@@ -7,7 +7,6 @@ before and after each.
 
 from __future__ import annotations
 
-import hmac
 import queue
 import threading
 from collections.abc import Callable
@@ -31,11 +30,11 @@ from agent.contract.messages import Differential, Progress, TlsMaterial
 from agent.system.failpoint import failpoint
 from agent.system.files import rename_durably
 from agent.transfer import tls
-from agent.transfer.door import Door, DoorRules
+from agent.transfer.door import Door, DoorRules, is_token
 from agent.transfer.group import ThreadGroup
 from agent.transfer.landing import Landing
 from agent.transfer.store import ArrivalWriter, TransferStore
-from agent.transfer.stream import HEARTBEAT_S, Stream
+from agent.transfer.stream import HEARTBEAT_S, Stream, complaint
 
 _GROUP_COMMIT_S: Final = 0.5
 _LINGER_S: Final = 3.0
@@ -307,7 +306,7 @@ class Receiver:
     def _register(self, stream: Stream, hello: Hello) -> None:
         """Make a stream one of the transfer's; PeerRefused if it shows no right to be."""
         job = self._job
-        entitled = hmac.compare_digest(_token(hello.token), _token(job.token)) and hello.transfer == job.transfer
+        entitled = is_token(hello.token, job.token) and hello.transfer == job.transfer
         if not entitled:
             raise PeerRefused("the token is not that of this transfer")
         if hello.streams != job.streams or hello.differential is not job.differential:
@@ -363,7 +362,7 @@ class Receiver:
             landing.stop()
         for stream in streams:
             if not isinstance(error, LinkLost):
-                stream.complain(_complaint(error))
+                stream.complain(complaint(error, "target"))
             stream.abort()
         self._first.put(None)
 
@@ -380,16 +379,3 @@ class Receiver:
         self._door.free()
         for stream in streams:
             stream.close()
-
-
-def _complaint(error: BaseException) -> LandfallError:
-    """Return what the source is told of a failure here."""
-    if isinstance(error, LandfallError):
-        return error
-    if isinstance(error, OSError):
-        return DeviceFailed("a disk of the target failed", cause=str(error), fix="Look at the target's dmesg and journal.")
-    return LandfallError(f"{type(error).__name__} on the target")
-
-
-def _token(text: str) -> bytes:
-    return text.encode("utf-8", "surrogatepass")

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Final
 
-from agent.contract.errors import LandfallError, LinkLost
+from agent.contract.errors import DeviceFailed, LandfallError, LinkLost
 from agent.contract.frames import Buffer, Frame, FrameType, encode, encode_error, read_frame
 from agent.system.clock import monotonic_s
 from agent.transfer.tls import check_peer, mapped
@@ -192,6 +192,15 @@ class _Reader:
                 # It has begun: from here the whole frame has a deadline, not each byte of it.
                 self._deadline = monotonic_s() + _FRAME_S
         return buffer
+
+
+def complaint(error: BaseException, side: str) -> LandfallError:
+    """Return what the peer is told of a failure here, which is the ``side`` of the transfer."""
+    if isinstance(error, LandfallError):
+        return error
+    if isinstance(error, OSError):
+        return DeviceFailed(f"a disk of the {side} failed", cause=str(error), fix=f"Look at the {side}'s dmesg and journal.")
+    return LandfallError(f"{type(error).__name__} on the {side}")
 
 
 def _wait(connection: ssl.SSLSocket, events: int, deadline: float | None, act: str) -> None:

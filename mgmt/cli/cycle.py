@@ -165,13 +165,18 @@ def salvage(
 @as_json_option
 @at_place
 def statement(place: Place, volume: str, html: Path | None, rows: int, as_json: bool) -> None:
-    """Show the loss statement of VOLUME's last salvage again, also of a volume that was removed."""
+    """Show the loss statement of VOLUME's last salvage again, also of a volume that was removed; and what was done since, by whom."""
     from mgmt import run
+    from mgmt.terminal import Sheet, show
+    from mgmt.view import moment
 
     _refuse_page(html)
     with place.site() as site:
         found = run.newest_statement(site, volume)
+        deeds = run.done_since(site, found)
     _show_statement(found, rows=rows, as_json=as_json)
+    if deeds and not as_json:
+        show([Sheet(("done since", "", ""), tuple((moment(deed.at_ns), deed.kind, deed.sentence) for deed in deeds))], stderr=True)
     _write_page(found, html)
 
 

@@ -30,6 +30,7 @@ BATCH_FILES: Final = 10_000
 """Files of one order: its line has to be shorter than a request may be, with paths of 1,000 bytes each."""
 
 LONGEST_NAME_BYTES: Final = 255
+LONGEST_SUFFIX_BYTES: Final = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +116,7 @@ def rescue(
     if not agree(plan):
         return None
     known = {found.path for found in plan.conflicts} if destination.in_place else set()
-    files = tuple(m.PlacedFile(found.path, found.at, replace or found.path in known) for found in plan.files)
+    files = tuple(m.PlacedFile(found.path, found.at, replace or found.replace or found.path in known) for found in plan.files)
     done = [_carried(site, plan, files[at : at + BATCH_FILES], tell) for at in range(0, len(files), BATCH_FILES)]
     rescued = Rescued(
         entry.name,
@@ -153,17 +154,21 @@ def _plan(site: Site, entry: VolumeEntry, lists: Returned, paths: tuple[str, ...
         is_folder = any(found.path != wanted or found.kind == DIRECTORY for found in below)
         for found in there:
             if found.path not in placed:
-                placed[found.path] = m.PlacedFile(found.path, _place(found.path, wanted, is_folder, lists, destination), replace=False)
+                at = place_of(found.path, wanted, lists, destination, is_folder=is_folder)
+                is_ours = found.kind == DIRECTORY and (not destination.in_place or found.here is Here.UNTOUCHED)
+                placed[found.path] = m.PlacedFile(found.path, at, replace=is_ours)
                 chosen.append(found)
     held = facts_of(site.node(lists.node), entry.id).generations
     if not any(facts.id == lists.kept and facts.kind is GenerationKind.KEPT for facts in held):
         raise NothingKept(f"{lists.node} does not hold {lists.kept.name} of volume {entry.name} any more")
     server = server_of(site, entry.id, (entry.primary, entry.secondary))
     conflicts = tuple(found for found in chosen if destination.in_place and found.here is Here.CHANGED and found.kind != DIRECTORY)
-    return RescuePlan(entry.name, lists, server, tuple(placed.values()), conflicts, tuple(deleted))
+    # Directories last, those above others after them: what is made in one changes its time.
+    chosen.sort(key=lambda found: (found.kind == DIRECTORY, -found.path.count("/") if found.kind == DIRECTORY else 0))
+    return RescuePlan(entry.name, lists, server, tuple(placed[found.path] for found in chosen), conflicts, tuple(deleted))
 
 
-def _place(path: str, wanted: str, is_folder: bool, lists: Returned, destination: Destination) -> str:
+def place_of(path: str, wanted: str, lists: Returned, destination: Destination, *, is_folder: bool) -> str:
     """Return where a listed file goes that was asked for by ``wanted``, itself or a folder above it; empty: all."""
     if destination.in_place:
         return path
@@ -180,11 +185,12 @@ def _place(path: str, wanted: str, is_folder: bool, lists: Returned, destination
 def _labelled(name: str, label: str, *, is_folder: bool) -> str:
     """Return a name that says where a file is from and still ends as the original does, so that programs know what it is."""
     suffix = "" if is_folder else PurePosixPath(name).suffix
-    stem = os.fsencode(name.removesuffix(suffix) if suffix else name)
-    room = LONGEST_NAME_BYTES - len(os.fsencode(f".{label}{suffix}"))
-    if room < 1:
-        return f"{label}{suffix[: LONGEST_NAME_BYTES // 8]}"
-    return f"{os.fsdecode(stem[:room])}.{label}{suffix}"
+    if len(os.fsencode(suffix)) > LONGEST_SUFFIX_BYTES:
+        suffix = ""
+    stem = name.removesuffix(suffix) if suffix else name
+    while len(os.fsencode(f"{stem}.{label}{suffix}")) > LONGEST_NAME_BYTES:
+        stem = stem[:-1]
+    return f"{stem}.{label}{suffix}"
 
 
 def _carried(site: Site, plan: RescuePlan, files: tuple[m.PlacedFile, ...], tell: Teller) -> m.Restored:

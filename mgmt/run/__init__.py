@@ -22,7 +22,7 @@ from mgmt.run.removal import remove_volume
 from mgmt.run.replication import Prepared, Replicated, discard, prepare, replicate
 from mgmt.run.restoring import restore
 from mgmt.run.retention import hold, release_hold
-from mgmt.run.salvage import Salvage, newest_statement, undo, verdicts
+from mgmt.run.salvage import Salvage, done_since, newest_statement, undo, verdicts
 from mgmt.run.salvage import salvage as salvage_volume
 from mgmt.run.site import Site, Teller
 from mgmt.run.standing import NodeView, Standing, gauge_of, standing
@@ -47,6 +47,7 @@ __all__ = [
     "adopt_volume",
     "collect",
     "discard",
+    "done_since",
     "gauge_of",
     "grow_volume",
     "hold",

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Final
 from uuid import UUID
 
 import numpy as np
@@ -21,7 +22,7 @@ from agent.contract.dmi import Dmi
 from agent.contract.errors import DmiMalformed, NoSuchTransfer, NotificationUnhandled, PrimaryAlive, TransferBusy
 from agent.system.clock import monotonic_s, wall_ns
 from agent.system.files import write_durably
-from mgmt.catalog import VolumeEntry
+from mgmt.catalog import HistoryEntry, VolumeEntry
 from mgmt.determination import Determination, determine, members_of
 from mgmt.report import Circumstances, LossStatement, Seconds, state
 from mgmt.run import notices
@@ -32,6 +33,10 @@ CONNECT_LIMIT_S = 60.0
 
 Decision = Callable[[LossStatement], bool]
 """Shown the verdicts before anything is changed; False stops the salvage."""
+
+
+DEEDS: Final = frozenset({"failover", "failback", "rescue"})
+"""Kinds of history entries that tell what became of a salvaged volume."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -127,6 +132,12 @@ def newest_statement(site: Site, name: str) -> LossStatement:
         if entry.undone_ns is None:
             return entry.statement
     raise NoSuchTransfer(f"no salvage of volume {name} stands")
+
+
+def done_since(site: Site, statement: LossStatement) -> list[HistoryEntry]:
+    """Return what was done for the volume after its salvage: who took it over, what was rescued and by whom, how it went back."""
+    entries = site.catalog.history(statement.volume, newest=10_000)
+    return [entry for entry in entries if entry.kind in DEEDS and entry.at_ns >= statement.circumstances.at_ns]
 
 
 def _await_notification(site: Site, entry: VolumeEntry, transfer: UUID | None) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from agent.contract import messages as m
 from agent.contract.errors import DeviceBusy, LandfallError, PeerRefused, ProtocolViolated, RequestRefused
-from agent.contract.identity import FilesystemKind, GenerationId
+from agent.contract.identity import FilesystemKind, GenerationId, empty_generation
 from tests.faults.case import served
 from tests.faults.phases import promote_and_serve
 from tests.faults.rig import MIB, Pair
@@ -30,10 +30,12 @@ class Kept:
     generation: GenerationId
     root: Path  # on NAS 2
 
-    def bring(self, *files: m.PlacedFile, since: bool = True, sender: tuple[m.PlacedFile, ...] = (), token: str = "") -> m.Restored:
+    def bring(
+        self, *files: m.PlacedFile, since: GenerationId | bool = True, sender: tuple[m.PlacedFile, ...] = (), token: str = ""
+    ) -> m.Restored:
         """Have files brought; ``sender`` and ``token``: what the sending node is told instead."""
         number, passes = uuid4(), self.pair.authority.passes("nas1", "nas2")
-        base = self.base if since else None
+        base = since if isinstance(since, GenerationId) else self.base if since else None
         listening = self.pair.nas2.ask(m.ReceiveFiles(number, self.volume, files, base, passes.token, passes.receiver, 3.0))
         order = m.SendFiles(
             number, self.generation, sender or files, listening.address, listening.port, token or passes.token, passes.sender, 3.0
@@ -84,7 +86,8 @@ def test_I11_kept_files_are_brought_and_what_was_changed_meanwhile_stays(pair: P
     assert ((found.root / "below/new").stat().st_uid, below.st_mode & 0o777, below.st_mtime_ns) == (1234, 0o750, 1_000_000_007)
     assert found.bring(placed("b", replace=True)).files == 1
     assert (found.root / "b").read_bytes() == NEW
-    assert found.bring(placed("a", "c"), since=False).files == 0, "nothing proves that c is as it was"
+    for nothing in (False, empty_generation(found.volume)):
+        assert found.bring(placed("a", "c"), since=nothing).files == 0, "nothing proves that c is as it was"
     assert (found.root / "c").read_bytes() == OLD
     assert found.bring(placed("a", "c")).files == 1
     assert not found.odd_ends

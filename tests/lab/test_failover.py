@@ -5,15 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import random
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
 
 import pytest
 
@@ -28,34 +25,16 @@ from agent.contract.errors import (
     RequestRefused,
     SplitBrain,
 )
-from agent.contract.identity import FilesystemKind, GenerationKind
+from agent.contract.identity import GenerationKind
 from agent.system.clock import wait_until
 from agent.system.run import run as start_program
 from mgmt import run
 from mgmt.failover import driver, failback, rescue
-from mgmt.failover.account import Account
 from mgmt.failover.plan import HAND_OVER, TAKE_OVER, FailoverKind, Wish
-from mgmt.inventory import FenceOptions, Inventory, read_inventory
-from mgmt.lab import lifecycle
+from mgmt.inventory import FenceOptions
+from mgmt.lab import control, lifecycle
 from mgmt.lab.layout import Lab, NodeName
-from mgmt.lab.namespace import within
-
-MGMT, NAS1, NAS2 = NodeName
-VOLUME_BYTES = 96 << 20
-LIMIT_S = 90.0
-FILES = 24
-BALLAST_BYTES = 12 << 20
-"""What nobody changes: whoever sends it again sends more than a differential."""
-
-T = TypeVar("T")
-
-WRITE = """
-import json, os, pathlib, random, sys
-root = pathlib.Path(sys.argv[1])
-for name, seed, size in json.load(sys.stdin):
-    (root / name).write_bytes(random.Random(seed).randbytes(size))
-os.sync()
-"""
+from tests.lab.scene import BALLAST_BYTES, LIMIT_S, MGMT, NAS1, NAS2, Scene, changed, document, landfall, scene_of
 
 
 @pytest.fixture(scope="module")
@@ -71,127 +50,6 @@ def lab() -> Iterator[Lab]:
             lifecycle.down(made)
 
 
-@dataclasses.dataclass
-class Scene:
-    """One volume of the lab, at an address of its own."""
-
-    lab: Lab
-    name: str
-    address: str
-    contents: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
-
-    @property
-    def inventory(self) -> Inventory:
-        return read_inventory(self.lab.node(MGMT) / "etc" / "landfall.toml")
-
-    def at_site(self, work: Callable[[run.Site], T], inventory: Inventory | None = None) -> T:
-        """Do something on the management node."""
-
-        def inside() -> T:
-            with run.Site(inventory or self.inventory) as site:
-                return work(site)
-
-        return within(self.lab.namespace(MGMT), inside)
-
-    def add(self) -> None:
-        self.at_site(
-            lambda site: run.add_volume(
-                site,
-                self.name,
-                filesystem=FilesystemKind.EXT4,
-                size_bytes=VOLUME_BYTES,
-                primary=NAS1,
-                secondary=NAS2,
-                address=f"{self.address}/24",
-            )
-        )
-
-    def write(self, node: NodeName, files: dict[str, tuple[int, int]]) -> None:
-        """Give each file the content that follows from its seed and size."""
-        listed = json.dumps([(name, *about) for name, about in files.items()]).encode()
-        argv = [sys.executable, "-c", WRITE, f"/run/landfall/node/srv/{self.name}"]
-        start_program(lifecycle.inside(self.lab, node, argv), stdin=listed)
-        self.contents |= files
-
-    def replicate(self) -> run.Replicated:
-        return self.at_site(lambda site: run.replicate(site, self.name))
-
-    def fail_over(self, wish: Wish | None = None) -> Account:
-        done = self.at_site(lambda site: driver.failover(site, self.name, wish or Wish()))
-        assert done
-        return done
-
-    def facts(self, node: NodeName) -> m.VolumeFacts:
-        def ask(site: run.Site) -> m.VolumeFacts:
-            return next(found for found in site.node(node).ask(m.ListVolumes()).volumes if found.name == self.name)
-
-        return self.at_site(ask)
-
-    def smbclient(self, command: str) -> bytes:
-        """Return what a client says who runs a command at the volume's address."""
-        argv = ["smbclient", f"//{self.address}/{self.name}", "-N", "-c", command]
-        output = within(self.lab.namespace(MGMT), lambda: start_program(argv, timeout_s=LIMIT_S, ok=range(256)))
-        return output.stdout + output.stderr
-
-    def smb(self, name: str) -> bytes:
-        """Return a file as a client reads it at the volume's address."""
-        with tempfile.TemporaryDirectory() as folder:
-            said = self.smbclient(f'get "{name}" "{folder}/got"')
-            got = Path(folder) / "got"
-            assert got.exists(), said
-            return got.read_bytes()
-
-    def assert_served(self, *names: str) -> None:
-        for name in names:
-            seed, size = self.contents[name]
-            assert self.smb(name) == random.Random(seed).randbytes(size), name
-
-    def break_off(self, source: NodeName, files: dict[str, tuple[int, int]]) -> None:
-        """Change files on the source, and pull its plug when a quarter of it has been sent."""
-        self.write(source, files)
-        reached = threading.Event()
-        failed: list[str] = []
-
-        def tell(node: str, progress: m.Progress) -> None:
-            if progress.step == "pieces" and 0 < progress.total <= progress.done * 4:
-                reached.set()
-
-        def work(site: run.Site) -> None:
-            try:
-                run.replicate(site, self.name, rate_limit_bytes_s=200_000, tell=tell)
-            except LandfallError as error:
-                failed.append(error.code)
-            finally:
-                reached.set()
-
-        going = threading.Thread(target=self.at_site, args=(work,))
-        going.start()
-        assert reached.wait(LIMIT_S)
-        lifecycle.kill(self.lab, source)
-        going.join(LIMIT_S)
-        assert failed == [NodeUnreachable.code]
-
-
-def scene_of(lab: Lab, name: str, number: int) -> Scene:
-    for node in (NAS1, NAS2):
-        lifecycle.start_node(lab, node)  # a test before may have pulled its plug
-    made = Scene(lab, name, f"10.77.0.{number}")
-    made.add()
-    made.write(NAS1, {"ballast": (99, BALLAST_BYTES)} | {f"old{index}": (index, 40_000) for index in range(FILES)})
-    made.replicate()
-    return made
-
-
-def changed(seed: int, size: int = 300_000) -> dict[str, tuple[int, int]]:
-    return {f"old{index}": (seed + index, size + 2000 * index) for index in range(0, FILES, 2)}
-
-
-def landfall(lab: Lab, *words: str) -> subprocess.CompletedProcess[bytes]:
-    """Run the command as an operator does."""
-    argv = [sys.executable, "-m", "mgmt.cli", "--lab", str(lab.directory), *words]
-    return subprocess.run(argv, capture_output=True, check=False, timeout=LIMIT_S)
-
-
 def dies_at(scene: Scene, point: str) -> bool:
     """Let a process of the management node hand the volume over, killed at a failpoint; whether it was."""
     child = os.fork()
@@ -202,11 +60,6 @@ def dies_at(scene: Scene, point: str) -> bool:
         finally:
             os._exit(0)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-
-
-def document(done: subprocess.CompletedProcess[bytes]) -> Any:
-    assert done.returncode == 0, done.stderr.decode()
-    return json.loads(done.stdout)
 
 
 def test_I1_I11_lost_recovered_at_the_same_address_and_given_back(lab: Lab) -> None:
@@ -335,6 +188,26 @@ def test_I10_a_forced_promotion_is_a_split_brain_until_somebody_decides(lab: Lab
     scene.assert_served("here", "old1")
 
 
+def test_I9_the_node_that_takes_over_dies_while_it_recovers_and_never_serves_a_half(lab: Lab) -> None:
+    scene = scene_of(lab, "halves", 107)
+    before = dict(scene.contents)
+    scene.break_off(NAS1, changed(4000))
+    for point in ("recovery.file", "recovery.after_commit"):
+        control.kill_service(lab, NAS2, "agent")
+        control.start_service(lab, NAS2, "agent", {"LANDFALL_ALLOW_FAILPOINTS": "1", "LANDFALL_FAILPOINTS": f"{point}=kill"})
+        died = landfall(lab, "failover", "halves", "--yes")
+        assert died.returncode == NodeUnreachable.exit_code, (point, died.stderr.decode())
+        control.start_service(lab, NAS2, "agent")
+        assert (scene.facts(NAS2).role, scene.facts(NAS2).serving) == (m.Role.SECONDARY, False), point
+    done = document(landfall(lab, "failover", "halves", "--yes", "--json"))
+    assert done["epoch"] == 2
+    assert 0 < done["files_recovered"] < done["files_changed"]
+    statement = scene.at_site(lambda site: site.catalog.newest_salvage(site.catalog.volume("halves").id).statement)
+    kept = [account.paths[0] for account in statement.accounts if account.outcome is m.Outcome.KEPT]
+    scene.contents |= {name: before[name] for name in kept if name in before}
+    scene.assert_served(*changed(0), "old1", "ballast")
+
+
 def test_I12_I13_the_way_back_is_interrupted_and_recovered_with_the_roles_swapped(lab: Lab) -> None:
     scene = scene_of(lab, "back", 105)
     scene.fail_over(Wish(planned=True))
@@ -385,7 +258,7 @@ for name in sys.argv[2:]:
 """
 
 
-def test_I11_what_a_returned_node_still_holds_is_listed_and_fetched_file_by_file(lab: Lab) -> None:
+def test_I11_what_a_returned_node_still_holds_is_listed_and_fetched_file_by_file(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     scene = scene_of(lab, "rescued", 106)
     refused = landfall(lab, "rescue", "rescued", "--all")
     assert refused.returncode == NothingKept.exit_code, refused.stderr.decode()
@@ -434,7 +307,10 @@ def test_I11_what_a_returned_node_still_holds_is_listed_and_fetched_file_by_file
     scene.assert_served("old4", "old2")
     document(landfall(lab, "rescue", "rescued", "old2", "--in-place", "--yes", "--json"))
     assert on(NAS2, DIGESTS, "old2") == [truth["old2"]]
-    assert landfall(lab, "rescue", "rescued", "--all", "--to", "all", "--yes").returncode == 0
+    monkeypatch.setattr(rescue, "BATCH_FILES", 2)
+    done = scene.at_site(lambda site: rescue.rescue(site, "rescued", (), rescue.Destination(folder="all")))
+    assert done
+    assert (done.files, done.refused) == (8, ())
     assert on(NAS2, DIGESTS, "all/old0", "all/plans/deep") == [truth["old0"], truth["plans/deep"]]
 
     for words, error in ((["old1"], NotListed), (["old6"], NotListed), (["--generation", "g9", "old0"], NothingKept)):

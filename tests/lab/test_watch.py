@@ -8,7 +8,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from mgmt.inventory import read_inventory
 from mgmt.lab import lifecycle
 from mgmt.lab.layout import Lab, NodeName
 from mgmt.lab.namespace import within
+from tests.lab.scene import watching
 
 MGMT, NAS1, NAS2 = NodeName
 VOLUME_BYTES = 64 << 20
@@ -36,17 +36,6 @@ def lab() -> Iterator[Lab]:
             yield made
         finally:
             lifecycle.down(made)
-
-
-@contextmanager
-def watching(lab: Lab, log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    with log.open("ab") as output:
-        service = subprocess.Popen([sys.executable, "-m", "mgmt.cli", "--lab", str(lab.directory), "watch"], stdout=output, stderr=output)
-        try:
-            yield service
-        finally:
-            service.send_signal(signal.SIGTERM)
-            service.wait(60)
 
 
 def landfall(lab: Lab, *words: str) -> Any:

@@ -44,7 +44,8 @@ from agent.contract.identity import (
     next_generation,
 )
 from agent.contract.messages import GenerationFacts, Role, newest
-from agent.volume.substrate import ChangedRuns, Substrate, VolumeRecord, Workspace, WorkspaceKind
+from agent.volume import filesystem
+from agent.volume.substrate import ChangedRuns, Substrate, Take, VolumeRecord, Workspace, WorkspaceKind
 
 VOLUME_BYTES = 16 << 20
 BLOCKS = VOLUME_BYTES // BLOCK_BYTES
@@ -412,6 +413,37 @@ class SubstrateConformance:
             with pytest.raises(DeviceBusy):
                 substrate.clone_operational(volume.id, facts.id)
         assert content(substrate, facts.id)[4 * BLOCK_BYTES :][:BLOCK_BYTES] == block_of("served")
+
+    # --- several volumes ---
+
+    def test_generations_of_several_volumes_are_of_one_moment(self, substrate: Substrate, tmp_path: Path) -> None:
+        volumes = [record(), record()]
+        with ExitStack() as mounted:
+            roots = []
+            for volume in volumes:
+                substrate.create(volume)
+                roots.append(tmp_path / volume.name)
+                roots[-1].mkdir()
+                with substrate.operational(volume.id) as device:
+                    filesystem.make(device, volume.filesystem)
+                    filesystem.mount(device, roots[-1], volume.filesystem, read_only=False)
+                mounted.callback(filesystem.unmount, roots[-1])
+            takes = [Take(volume.id, root, facts_after(substrate, volume.id)) for volume, root in zip(volumes, roots, strict=True)]
+            with pytest.raises(LandfallError):
+                substrate.take_together([takes[0], replace(takes[1], mount_point=tmp_path)])
+            assert [len(substrate.generations(volume.id)) for volume in volumes] == [1, 1], "all of an order or nothing"
+            for root in roots:
+                (root / "written").write_bytes(b"after what failed")
+            assert 0 < substrate.take_together(takes) < 10_000
+            for root in roots:
+                (root / "written").write_bytes(b"after the freeze")
+        for take, root in zip(takes, roots, strict=True):
+            with substrate.reading(take.facts.id) as device:
+                filesystem.mount(device, root, FilesystemKind.EXT4, read_only=True)
+            try:
+                assert (root / "written").read_bytes() == b"after what failed"
+            finally:
+                filesystem.unmount(root)
 
     # --- crashes ---
 

@@ -1,9 +1,11 @@
 """Bad links: cut, damaged, silent one way or both, at any byte; a resume sends what is missing and nothing else."""
 
+import random
 import socket
 import threading
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ import pytest
 from agent.blockio.device import Device
 from agent.contract import frames
 from agent.contract.columns import identity
-from agent.contract.errors import LinkLost
+from agent.contract.errors import LinkLost, Retry
 from agent.contract.frames import Batch, FrameType, Hello
 from agent.contract.messages import Differential, Sent
 from agent.system.clock import monotonic_s
@@ -21,6 +23,7 @@ from agent.transfer.landing import Landing
 from agent.transfer.receiver import Received, Receiver
 from agent.transfer.sender import send
 from agent.transfer.stream import Stream
+from mgmt.lab.proxy import Action, Direction, Endpoint, Proxy, Trigger
 from tests.relay import Relay
 from tests.transfer_scene import NAS2, Scene, make_differential, transfer_threads
 
@@ -106,6 +109,75 @@ def test_D8_one_stream_of_several_dies_and_only_what_is_missing_is_sent_again(tm
     sent, _ = scene.transfer(both={"streams": 3})
     assert isinstance(sent, Sent), sent
     assert sent.pieces_skipped == had
+    scene.check_landed()
+
+
+def test_D4_what_a_link_lets_go_of_after_its_time_lands_nowhere(tmp_path: Path) -> None:
+    scene = Scene(tmp_path, make_differential(tmp_path, blocks=1024, pieces=40))
+    with ExitStack() as held:
+
+        @contextmanager
+        def stalling(port: int) -> Iterator[int]:
+            trigger = Trigger(300_000, Action.PAUSE, Direction.UPSTREAM)
+            proxy = held.enter_context(Proxy(Endpoint("127.0.0.1", 0), Endpoint("127.0.0.1", port), trigger=trigger))
+            late.append(proxy)
+            yield proxy.endpoint.port
+
+        late: list[Proxy] = []
+        sent, received = scene.transfer(both={"silence_limit_s": 2.0}, through=stalling)
+        assert isinstance(sent, LinkLost), sent
+        assert isinstance(received, LinkLost), received
+        had = scene.check_recorded()
+        late[0].resume()
+        sent, _ = scene.transfer()
+        assert isinstance(sent, Sent), sent
+        assert sent.pieces_skipped == had
+    assert scene.committed == 1
+    scene.check_landed()
+
+
+def test_D7_streams_that_overtake_each_other_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scene = Scene(tmp_path, make_differential(tmp_path, blocks=1024, pieces=40))
+    take, chance = Landing.take, random.Random(7)
+
+    def late(landing: Landing, batch: Batch, buffer: memoryview) -> None:
+        threading.Event().wait(chance.random() * 0.03)
+        assert scene.committed == 0, "committed before all of it was there"
+        take(landing, batch, buffer)
+
+    monkeypatch.setattr(Landing, "take", late)
+    sent, received = scene.transfer(both={"streams": 4})
+    assert isinstance(sent, Sent), sent
+    assert isinstance(received, Received), received
+    assert scene.committed == 1
+    scene.check_landed()
+
+
+def test_D12_a_port_that_is_closed_is_said_and_tried_again_later(tmp_path: Path) -> None:
+    scene = Scene(tmp_path, make_differential(tmp_path, blocks=64, pieces=4))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    begun = monotonic_s()
+    with pytest.raises(LinkLost, match="refused") as closed:
+        send(scene.send_job(port))
+    assert closed.value.retry is Retry.RECONNECT
+    assert monotonic_s() - begun < 10
+    assert transfer_threads() == []
+
+
+def test_D13_a_link_that_flaps_lets_every_session_get_further(tmp_path: Path) -> None:
+    scene = Scene(tmp_path, make_differential(tmp_path, blocks=1024, pieces=40))
+    had, sessions, total = 0, 0, scene.data_bytes()
+    while True:
+        sent, received = scene.transfer(through=Relay(cut_at=total // 4).before)
+        sessions += 1
+        if isinstance(sent, Sent):
+            break
+        assert isinstance(received, LinkLost), received
+        before, had = had, scene.check_recorded()
+        assert had > before, "a session that brought nothing"
+    assert 3 <= sessions <= 12
+    assert scene.committed == 1
     scene.check_landed()
 
 

@@ -26,6 +26,7 @@ from agent.contract.errors import (
 )
 from agent.contract.identity import FilesystemKind, empty_generation
 from mgmt import run
+from mgmt.catalog import Catalog
 from mgmt.determination import AtomicSet, Policy
 from mgmt.report import LossStatement
 from mgmt.run import replication
@@ -418,6 +419,46 @@ def test_C1_adding_a_volume_can_be_finished_by_doing_it_again(pair: Pair) -> Non
         with pytest.raises(VolumeExists):  # to a client of SMB it is the same share
             run.add_volume(site, "PROJECTS", filesystem=FilesystemKind.XFS, size_bytes=1 << 30, primary="nas1", secondary="nas2")
         assert len(pair.nas1.said(m.CreateVolume)) == 1
+
+
+class GoneError(BaseException):
+    """The management node dies."""
+
+
+def test_C2_what_was_ordered_of_the_source_alone_is_gone_on_with(pair: Pair) -> None:
+    def die(transfer: UUID, built: m.Built | None) -> None:
+        raise GoneError
+
+    with pair.site() as site:
+        pair.with_volume(site)
+        with pytest.raises(GoneError):
+            run.replicate(site, "projects", on_order=die)
+    assert pair.nas2.said(m.ReceiveTransfer) == []
+    with pair.site() as site:
+        done = run.replicate(site, "projects")
+    assert done.resumed
+    assert len(pair.nas1.said(m.TakeGeneration)) == 1, "nothing is left behind of the first order"
+    assert done.transfer == pair.nas1.said(m.BuildTransfer)[0].transfer
+
+
+def test_C4_what_the_agents_committed_and_nobody_recorded_is_not_sent_again(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    def die(self: Catalog, transfer: UUID, ending: str, at_ns: int) -> None:
+        raise GoneError
+
+    with pair.site() as site, monkeypatch.context() as dying:
+        pair.with_volume(site)
+        dying.setattr(Catalog, "end_transfer", die)
+        with pytest.raises(GoneError):
+            run.replicate(site, "projects")
+    committed = pair.generations["nas2"][-1].id
+    with pair.site() as site:
+        standing = run.standing(site, "projects")
+        assert not standing.open_transfers
+        assert standing.secondary.facts
+        assert m.newest(standing.secondary.facts.generations).id == committed
+        done = run.replicate(site, "projects")
+    assert done.base == committed, "the next differential begins where the agents stand"
+    assert len(pair.nas1.said(m.SendTransfer)) == 2
 
 
 def test_a_layout_that_is_refused_leaves_no_volume(pair: Pair) -> None:

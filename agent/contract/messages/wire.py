@@ -28,7 +28,7 @@ def from_document(document: Any, kind: type[T]) -> T:
     """Return the ``kind`` that ``document`` says; RequestRefused for unknown or missing keys and wrong types."""
     try:
         return _converter().structure(document, kind)
-    except (cattrs.BaseValidationError, cattrs.StructureHandlerNotFoundError, ValueError, TypeError, KeyError) as error:
+    except (cattrs.BaseValidationError, cattrs.StructureHandlerNotFoundError, ValueError, TypeError, KeyError, AttributeError) as error:
         detail = "; ".join(cattrs.transform_error(error)) if isinstance(error, cattrs.BaseValidationError) else str(error)
         raise RequestRefused(f"not a well-formed {kind.__name__}", cause=detail) from error
 
