@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from agent.blockio.device import Device
 from agent.contract.dmi import ExtentFlag
 from agent.contract.errors import DeviceFailed
 from agent.contract.identity import BLOCK_BYTES, FilesystemKind
@@ -25,7 +26,6 @@ from agent.differential.xfs_disk import (
     Layout,
     fork_extents,
     is_internal,
-    opened,
     read_inodes,
     read_layout,
 )
@@ -71,13 +71,13 @@ class XfsReader:
         in_base = _grouped(xfs.inode_chunks(self._base.mount_fd)) if self._base else nothing
         in_target = _grouped(xfs.inode_chunks(self._target.mount_fd))
         found: list[InodeChanges] = []
-        with opened(self._target.device) as target_fd, opened((self._base or self._target).device) as base_fd:
+        with Device.open_reading(self._target.device) as target, Device.open_reading((self._base or self._target).device) as base:
             for inode, of_base, of_target in _candidates(self._layout, in_base, in_target, self._changed):
                 found.append(
                     _compared(
                         inode,
-                        _side(base_fd, self._base_layout, inode, of_base),
-                        _side(target_fd, self._layout, inode, of_target),
+                        _side(base, self._base_layout, inode, of_base),
+                        _side(target, self._layout, inode, of_target),
                     )
                 )
         return _joined(found)
@@ -92,13 +92,13 @@ class XfsReader:
         splits them; only inodes that bear the reflink flag are asked for it.
         """
         parts: list[Extents] = []
-        with opened(self._target.device) as fd:
+        with Device.open_reading(self._target.device) as device:
             for at in range(0, len(inode), _BATCH):
                 batch = slice(at, at + _BATCH)
-                raw = _read(fd, self._layout, inode[batch])
+                raw = _read(device, self._layout, inode[batch])
                 if bool(np.any(raw["generation"] != generation[batch])):
                     raise DeviceFailed("an inode was asked for with a generation that the target does not have")
-                parts.append(self._batch_extents(fd, inode[batch], generation[batch], raw))
+                parts.append(self._batch_extents(device, inode[batch], generation[batch], raw))
         return _joined_extents(parts)
 
     def ownership(self, changes: InodeChanges, regular: U64, extents: Extents) -> Ownership:
@@ -108,11 +108,11 @@ class XfsReader:
         are read for their attribute forks and trees anyway.
         """
         del regular, extents
-        with opened(self._target.device) as fd:
-            return owners_of(fd, self._target.mount_fd, self._layout, self._changed, changes)
+        with Device.open_reading(self._target.device) as device:
+            return owners_of(device, self._target.mount_fd, self._layout, self._changed, changes)
 
-    def _batch_extents(self, fd: int, inode: U64, generation: U32, raw: NDArray[np.void]) -> Extents:
-        forks = fork_extents(fd, self._layout, raw, attribute=False)
+    def _batch_extents(self, device: Device, inode: U64, generation: U32, raw: NDArray[np.void]) -> Extents:
+        forks = fork_extents(device, self._layout, raw, attribute=False)
         flags = np.where(forks.unwritten, ExtentFlag.UNWRITTEN, 0).astype(np.uint32)
         counts = np.bincount(forks.fork, minlength=len(inode))
         start = np.concatenate([np.zeros(1, np.uint64), np.cumsum(counts, dtype=np.uint64)])
@@ -183,18 +183,18 @@ def _unpacked(bits: U64) -> NDArray[np.bool_]:
     return np.unpackbits(octets, axis=1, bitorder="little").astype(np.bool_)
 
 
-def _read(fd: int, layout: Layout, inode: U64) -> NDArray[np.void]:
-    raw = read_inodes(fd, layout, inode)
+def _read(device: Device, layout: Layout, inode: U64) -> NDArray[np.void]:
+    raw = read_inodes(device, layout, inode)
     wrong = (raw["magic"] != DINODE_MAGIC) | (raw["version"] != 3) | (raw["ino"] != inode)
     if bool(np.any(wrong)):
         raise DeviceFailed(f"what should be inode {int(inode[wrong][0])} is none")
     return raw
 
 
-def _side(fd: int, layout: Layout, inode: U64, in_use: NDArray[np.bool_]) -> NDArray[np.void]:
+def _side(device: Device, layout: Layout, inode: U64, in_use: NDArray[np.bool_]) -> NDArray[np.void]:
     """Return the raw inodes of one generation; zeros where the inode is not in use or belongs to the filesystem itself."""
     octets = np.zeros((len(inode), layout.inode_bytes), np.uint8)
-    asked = _read(fd, layout, inode[in_use])
+    asked = _read(device, layout, inode[in_use])
     octets[in_use] = asked.view(np.uint8).reshape(len(asked), layout.inode_bytes)
     octets[np.flatnonzero(in_use)[is_internal(layout, inode[in_use], asked)]] = 0
     return octets.reshape(-1).view(layout.inode_dtype)

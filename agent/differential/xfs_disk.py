@@ -7,9 +7,6 @@ the start of the device, as the DMI has them; on disk XFS splits them into alloc
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -17,6 +14,9 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from agent.blockio.buffers import aligned
+from agent.blockio.device import Device
+from agent.blockio.scatter import gather
 from agent.contract.errors import DeviceFailed, LayoutUnsupported
 from agent.contract.identity import BLOCK_BYTES
 
@@ -147,25 +147,12 @@ class _Forks:
     size: I64
 
 
-@contextmanager
-def opened(device: Path) -> Iterator[int]:
-    """Yield a read-only descriptor of ``device``; what it brought into memory is given back."""
-    fd = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
-        yield fd
-    finally:
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(fd)
-
-
 def read_layout(device: Path) -> Layout:
     """Return the geometry of the filesystem on ``device``; LayoutUnsupported for one that is not replicated."""
-    with opened(device) as fd:
-        raw = os.pread(fd, 512, 0)
-    if len(raw) < 512:
-        raise LayoutUnsupported(f"{device} is too small for XFS")
-    sb = np.frombuffer(raw, _SUPERBLOCK)[0]
+    with Device.open_reading(device) as opened:
+        if opened.size_bytes < BLOCK_BYTES:
+            raise LayoutUnsupported(f"{device} is too small for XFS")
+        sb = np.frombuffer(opened.read(0, 1)[:512], _SUPERBLOCK)[0]
     incompat = int(sb["incompat"])
     for wrong, words in (
         (int(sb["magic"]) != 0x58465342, "it is no XFS"),
@@ -199,39 +186,21 @@ def read_layout(device: Path) -> Layout:
     )
 
 
-def read_blocks(fd: int, block: U64) -> U8:
-    """Return the content of ``block`` (ascending, distinct) as rows of 4096 bytes; neighbours are read together.
+def read_blocks(device: Device, block: U64) -> U8:
+    """Return the content of ``block`` (ascending, distinct) as rows of 4096 bytes; read past the page cache, many at once.
 
-    DeviceFailed where the device ends or fails.
+    XFS's own reading would find nothing of it there anyway. DeviceFailed where the device ends or fails.
     """
-    content = np.empty((len(block), BLOCK_BYTES), np.uint8)
-    if not len(block):
-        return content
-    breaks = np.flatnonzero(block[1:] != block[:-1] + np.uint64(1)) + 1
-    starts = np.concatenate([np.zeros(1, np.int64), breaks])
-    ends = np.concatenate([breaks, np.array([len(block)])])
-    runs = list(zip(starts.tolist(), ends.tolist(), block[starts].tolist(), strict=True))
-    for first, end, at in runs:
-        os.posix_fadvise(fd, at * BLOCK_BYTES, (end - first) * BLOCK_BYTES, os.POSIX_FADV_WILLNEED)
-    flat = content.reshape(-1).data
-    for first, end, at in runs:
-        got, want = 0, (end - first) * BLOCK_BYTES
-        while got < want:
-            view = flat[first * BLOCK_BYTES + got : end * BLOCK_BYTES]
-            try:
-                count = os.preadv(fd, [view], at * BLOCK_BYTES + got)
-            except OSError as error:
-                raise DeviceFailed(f"reading {want} bytes at {at * BLOCK_BYTES} failed", cause=str(error)) from error
-            if not count:
-                raise DeviceFailed(f"the device ends before {at * BLOCK_BYTES + want}")
-            got += count
-    return content
+    buffer = aligned(len(block) * BLOCK_BYTES)
+    if len(block):
+        gather(device, block, np.ones(len(block), np.uint64), buffer)
+    return np.frombuffer(buffer, np.uint8).reshape(len(block), BLOCK_BYTES)
 
 
-def read_inodes(fd: int, layout: Layout, inode: U64) -> NDArray[np.void]:
+def read_inodes(device: Device, layout: Layout, inode: U64) -> NDArray[np.void]:
     """Return the raw inodes of these numbers, which may stand in any order; the caller knows that they are allocated."""
     blocks, row = np.unique(layout.inode_block(inode), return_inverse=True)
-    content = read_blocks(fd, blocks).reshape(len(blocks), 1 << layout.inode_shift, layout.inode_bytes)
+    content = read_blocks(device, blocks).reshape(len(blocks), 1 << layout.inode_shift, layout.inode_bytes)
     slot = (inode & np.uint64((1 << layout.inode_shift) - 1)).astype(np.int64)
     raw = np.ascontiguousarray(content[row, slot])
     return raw.reshape(-1).view(layout.inode_dtype)
@@ -244,7 +213,7 @@ def is_internal(layout: Layout, inode: U64, raw: NDArray[np.void]) -> NDArray[np
     return listed | marked
 
 
-def fork_extents(fd: int, layout: Layout, raw: NDArray[np.void], attribute: bool) -> ForkExtents:
+def fork_extents(device: Device, layout: Layout, raw: NDArray[np.void], attribute: bool) -> ForkExtents:
     """Return the extents of the data forks (or attribute forks) of raw inodes; none for forks that live in the inode.
 
     DeviceFailed if a fork contradicts itself.
@@ -270,7 +239,7 @@ def fork_extents(fd: int, layout: Layout, raw: NDArray[np.void], attribute: bool
     records = _gather(octets, fork, start[fork] + 16 * row, 16)
 
     trees = np.flatnonzero(form == _FORMAT_BTREE)
-    tree_fork, tree_record, node_fork, node_block = _walk_trees(fd, layout, _Forks(octets, start, size), trees)
+    tree_fork, tree_record, node_fork, node_block = _walk_trees(device, layout, _Forks(octets, start, size), trees)
     return _decoded(layout, np.concatenate([fork, tree_fork]), np.concatenate([records, tree_record]), node_fork, node_block)
 
 
@@ -286,7 +255,7 @@ def _gather(octets: U8, row: I64, at: I64, width: int) -> U8:
     return gathered
 
 
-def _walk_trees(fd: int, layout: Layout, forks: _Forks, trees: I64) -> tuple[I64, U8, I64, U64]:
+def _walk_trees(device: Device, layout: Layout, forks: _Forks, trees: I64) -> tuple[I64, U8, I64, U64]:
     """Return (fork, record) of all leaves and (fork, block) of all nodes below the roots in the inodes, level by level."""
     octets, start, size = forks.octets, forks.start[trees], forks.size[trees]
     root = _gather(octets, trees, start, 4)
@@ -307,7 +276,7 @@ def _walk_trees(fd: int, layout: Layout, forks: _Forks, trees: I64) -> tuple[I64
         if bool(np.any(block >= np.uint64(layout.blocks))):
             raise DeviceFailed("an extent tree leads beyond the filesystem")
         distinct, where = np.unique(block, return_inverse=True)
-        content = read_blocks(fd, distinct)[where]
+        content = read_blocks(device, distinct)[where]
         header = np.ascontiguousarray(content[:, :72]).reshape(-1).view(_BMBT_HEADER)
         count = header["records"].astype(np.int64)
         sound = (

@@ -13,6 +13,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from agent.blockio.device import Device
 from agent.contract.dmi import FileKind, Owner
 from agent.differential.reader import U8, U64, InodeChanges, Ownership
 from agent.differential.xfs_disk import (
@@ -58,27 +59,27 @@ class Ranges:
     end: U64
 
 
-def owners_of(fd: int, mount_fd: int, layout: Layout, changed: ChangedRuns, changes: InodeChanges) -> Ownership:
-    """Return the changed runs split by owner; ``fd`` is the target's device, ``mount_fd`` its mount.
+def owners_of(device: Device, mount_fd: int, layout: Layout, changed: ChangedRuns, changes: InodeChanges) -> Ownership:
+    """Return the changed runs split by owner; ``device`` is the target's, ``mount_fd`` its mount.
 
     Every changed block gets exactly one class. FREE is only what the kernel's map calls free and no fork claims. Metadata of an inode
     that is not among the changes is claimed by that inode: names or attributes may have changed within one tick of the clock.
     """
     runs = Ranges(changed.first, changed.first + changed.blocks)
-    claims = [_mapped(fd, mount_fd, layout, runs, changes)]
+    claims = [_mapped(device, mount_fd, layout, runs, changes)]
     if len(_unclaimed(runs, claims).first):
-        claims.append(_fixed(fd, layout))
-        claims.append(_of_inodes(fd, layout, _with_internal(layout, changes.inode[changes.in_target]), runs, named=False))
+        claims.append(_fixed(device, layout))
+        claims.append(_of_inodes(device, layout, _with_internal(layout, changes.inode[changes.in_target]), runs, named=False))
     left = _unclaimed(runs, claims)
     if len(left.first):
-        claims.append(_self_described(fd, layout, left, changes))
+        claims.append(_self_described(device, layout, left, changes))
         left = _unclaimed(runs, claims)
     if len(left.first):
-        claims.append(_of_inodes(fd, layout, _all_inodes(mount_fd), left, named=True))
+        claims.append(_of_inodes(device, layout, _all_inodes(mount_fd), left, named=True))
     return _split(runs, _clipped(runs, _joined(claims)))
 
 
-def _mapped(fd: int, mount_fd: int, layout: Layout, runs: Ranges, changes: InodeChanges) -> Claims:
+def _mapped(device: Device, mount_fd: int, layout: Layout, runs: Ranges, changes: InodeChanges) -> Claims:
     """Return what the kernel's space map says of the changed runs; nothing for blocks whose owner it does not know."""
     told = xfs.space_map(mount_fd, _near_together(runs))
     special = (told.flags & xfs.MAP_SPECIAL_OWNER) != 0
@@ -88,7 +89,7 @@ def _mapped(fd: int, mount_fd: int, layout: Layout, runs: Ranges, changes: Inode
     of_inode = ~special & ((told.flags & xfs.MAP_EXTENT_MAP) == 0)
     content = of_inode & ((told.flags & xfs.MAP_ATTR_FORK) == 0)
     claims = Claims(told.first, told.first + told.blocks, rank, np.where(of_inode, told.owner, np.uint64(0)))
-    regular, unchanged = _kinds(fd, layout, claims.inode, changes)
+    regular, unchanged = _kinds(device, layout, claims.inode, changes)
     claims.rank[regular & content] = _RANK[Owner.FILE]
     claims.inode[~(regular & content) & ~unchanged] = 0
     return _clipped(runs, _taken(claims, ~(special & (told.owner == xfs.OWNER_UNKNOWN))))
@@ -103,13 +104,13 @@ def _near_together(runs: Ranges) -> list[tuple[int, int]]:
     return list(zip(first.tolist(), end.tolist(), strict=True))
 
 
-def _kinds(fd: int, layout: Layout, inode: U64, changes: InodeChanges) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+def _kinds(device: Device, layout: Layout, inode: U64, changes: InodeChanges) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """Say which inode numbers (0 is none) are regular files of the target, and which are not among the changes: those are read."""
     distinct, where = np.unique(inode, return_inverse=True)
     regular = _among(distinct, changes.inode[changes.in_target & (changes.kind == FileKind.REGULAR)])
     unchanged = ~_among(distinct, changes.inode[changes.in_target]) & (distinct != 0)
     strange = np.flatnonzero(unchanged)
-    raw = read_inodes(fd, layout, distinct[strange])
+    raw = read_inodes(device, layout, distinct[strange])
     internal = is_internal(layout, distinct[strange], raw)
     regular[strange] = (raw["mode"] >> 12 == FileKind.REGULAR) & ~internal
     unchanged[strange] = ~internal
@@ -124,14 +125,14 @@ def _among(inode: U64, these: U64) -> NDArray[np.bool_]:
     return found
 
 
-def _fixed(fd: int, layout: Layout) -> Claims:
+def _fixed(device: Device, layout: Layout) -> Claims:
     """Return what has its place by the geometry: headers of the groups, their free lists, the log, what lies beyond the end.
 
     A free list's blocks are neither free nor in use; what stands in them is left from earlier.
     """
     start = np.arange(layout.groups, dtype=np.uint64) * np.uint64(layout.group_blocks)
     header_blocks = -(-4 * layout.sector_bytes // (SECTORS_PER_BLOCK * 512))
-    heads = np.concatenate([read_blocks(fd, start + np.uint64(block)) for block in range(header_blocks)], axis=1)
+    heads = np.concatenate([read_blocks(device, start + np.uint64(block)) for block in range(header_blocks)], axis=1)
     agf = heads[:, layout.sector_bytes : layout.sector_bytes + 52]
     first, count = (np.ascontiguousarray(agf[:, at : at + 4]).view(">u4")[:, 0].astype(np.int64) for at in (40, 48))
     agfl = np.ascontiguousarray(heads[:, 3 * layout.sector_bytes + 36 : 4 * layout.sector_bytes])
@@ -156,7 +157,7 @@ def _with_internal(layout: Layout, inode: U64) -> U64:
     return np.concatenate([inode, np.array(layout.internal_inodes, np.uint64)])
 
 
-def _of_inodes(fd: int, layout: Layout, inode: U64, wanted: Ranges, *, named: bool) -> Claims:
+def _of_inodes(device: Device, layout: Layout, inode: U64, wanted: Ranges, *, named: bool) -> Claims:
     """Return what the forks of these inodes of the target hold of ``wanted``, with the blocks of the forks' trees.
 
     ``named``: the inodes claim their metadata by number.
@@ -164,11 +165,11 @@ def _of_inodes(fd: int, layout: Layout, inode: U64, wanted: Ranges, *, named: bo
     found: list[Claims] = []
     for at in range(0, len(inode), _BATCH):
         batch = inode[at : at + _BATCH]
-        raw = read_inodes(fd, layout, batch)
+        raw = read_inodes(device, layout, batch)
         internal = is_internal(layout, batch, raw)
         file = (raw["mode"] >> 12 == FileKind.REGULAR) & ~internal
-        data = fork_extents(fd, layout, raw, attribute=False)
-        attributes = fork_extents(fd, layout, raw, attribute=True)
+        data = fork_extents(device, layout, raw, attribute=False)
+        attributes = fork_extents(device, layout, raw, attribute=True)
         metadata = np.where(internal | (not named), np.uint64(0), batch)
         rank = np.where(file, _RANK[Owner.FILE], _RANK[Owner.METADATA]).astype(np.uint8)[data.fork]
         trees = np.concatenate([data.tree_block, attributes.tree_block])
@@ -204,7 +205,7 @@ _KINDS: Final = (
 """Metadata that says what it is and where it belongs, so that a copy of it in a file is not taken for it."""
 
 
-def _self_described(fd: int, layout: Layout, left: Ranges, changes: InodeChanges) -> Claims:
+def _self_described(device: Device, layout: Layout, left: Ranges, changes: InodeChanges) -> Claims:
     """Return the blocks of ``left`` that are metadata by their own word: magic, UUID and own address."""
     sizes = (left.end - left.first).astype(np.int64)
     before = np.cumsum(sizes) - sizes
@@ -212,7 +213,7 @@ def _self_described(fd: int, layout: Layout, left: Ranges, changes: InodeChanges
     found: list[Claims] = []
     for at in range(0, len(block), 4096):
         batch = block[at : at + 4096]
-        sound, inode = _describes_itself(layout, batch, read_blocks(fd, batch))
+        sound, inode = _describes_itself(layout, batch, read_blocks(device, batch))
         inode[_among(inode, changes.inode[changes.in_target])] = 0
         found.append(_claims(batch[sound], batch[sound] + np.uint64(1), Owner.METADATA, inode[sound]))
     return _joined(found)

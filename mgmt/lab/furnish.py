@@ -42,6 +42,7 @@ def furnish(lab: Lab, node: NodeName, marker: Marker, held: ExitStack) -> None:
         _cover(lab.directory, "mode=700,size=4k,ro")
     _bind_over(NODE_ROOT / "etc" / "hosts", Path("/etc/hosts"))
     _unlock_root()
+    _plain_shell_for_root()
     image = NODE_ROOT / "pool.img"
     if image.exists():
         _mount_pool(image, NODE_ROOT / "pool", marker.pool_fs)
@@ -95,6 +96,20 @@ def _unlock_root() -> None:
     unlocked = ("root:*:" + line.split(":", 2)[2] if line.startswith("root:!") else line for line in lines)
     own.write_text("".join(unlocked), encoding="utf-8", errors="surrogateescape")
     _bind_over(own, shadow)
+
+
+def _plain_shell_for_root() -> None:
+    """Let sshd run root's commands by sh, in this node's view of /etc/passwd only.
+
+    bash would read root's own start-up files at every connection. What stands there is the machine's: it takes its time, and where a
+    node is killed in the middle of it, it may leave a lock behind for which everybody else then waits.
+    """
+    passwd, own = Path("/etc/passwd"), Path("/run/landfall/passwd")
+    lines = passwd.read_text(encoding="utf-8", errors="surrogateescape").splitlines(keepends=True)
+    plain = (line.rpartition(":")[0] + ":/bin/sh\n" if line.startswith("root:") else line for line in lines)
+    own.write_text("".join(plain), encoding="utf-8", errors="surrogateescape")
+    own.chmod(0o644)
+    _bind_over(own, passwd)
 
 
 @contextmanager

@@ -11,10 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from agent.blockio.device import Device
 from agent.contract.dmi import Owner
 from agent.contract.errors import DeviceFailed, LayoutUnsupported
 from agent.differential.xfs import _grouped
-from agent.differential.xfs_disk import Layout, fork_extents, opened, read_blocks, read_layout
+from agent.differential.xfs_disk import Layout, fork_extents, read_blocks, read_layout
 from agent.differential.xfs_owners import (
     _OWNER_OF_RANK,
     Claims,
@@ -132,16 +133,16 @@ def raw_inodes(*inodes: bytes) -> NDArray[np.void]:
 
 
 @pytest.fixture
-def image(tmp_path: Path) -> Iterator[tuple[Path, int]]:
+def image(tmp_path: Path) -> Iterator[tuple[Path, Device]]:
     path = tmp_path / "image"
     path.write_bytes(b"")
     os.truncate(path, LAYOUT.blocks * 4096)
-    with opened(path) as fd:
-        yield path, fd
+    with Device.open_reading(path) as device:
+        yield path, device
 
 
 @pytest.mark.parametrize("nrext64", [False, True])
-def test_extents_in_the_inode_are_unpacked(image: tuple[Path, int], nrext64: bool) -> None:
+def test_extents_in_the_inode_are_unpacked(image: tuple[Path, Device], nrext64: bool) -> None:
     records = record(0, 5, 3) + record(2**53, (3 << 10) + 7, 2, unwritten=True)
     raw = raw_inodes(
         inode_bytes(form=1, records=b"short link"),
@@ -177,13 +178,13 @@ def inner(pointers: list[int]) -> bytes:
     return bytes(8 * 251) + struct.pack(f">{len(pointers)}Q", *pointers)
 
 
-def test_extent_trees_are_walked_to_their_leaves(image: tuple[Path, int]) -> None:
-    path, fd = image
+def test_extent_trees_are_walked_to_their_leaves(image: tuple[Path, Device]) -> None:
+    path, device = image
     put(path, 1001, node(1001, 1, inner([20, 21]), 2))
     put(path, 20, node(20, 0, record(0, 50, 1) + record(9, 60, 2), 2))
     put(path, 21, node(21, 0, record(100, 70, 3), 1))
     raw = raw_inodes(inode_bytes(records=record(1, 2, 1), count=1), inode_bytes(form=3, records=tree_root(2, [(1 << 10) + 1])))
-    data = fork_extents(fd, LAYOUT, raw, attribute=False)
+    data = fork_extents(device, LAYOUT, raw, attribute=False)
     assert data.fork.tolist() == [0, 1, 1, 1]
     assert data.logical.tolist() == [1, 0, 9, 100]
     assert data.physical.tolist() == [2, 50, 60, 70]
@@ -208,22 +209,22 @@ def test_extent_trees_are_walked_to_their_leaves(image: tuple[Path, int]) -> Non
         inode_bytes(forkoff=255, attributes=b"", attribute_count=1),
     ],
 )
-def test_G20_forks_that_contradict_themselves_are_refused(image: tuple[Path, int], inode: bytes) -> None:
-    path, fd = image
+def test_G20_forks_that_contradict_themselves_are_refused(image: tuple[Path, Device], inode: bytes) -> None:
+    path, device = image
     put(path, 31, node(31, 2, inner([31]), 1))
     attribute = inode[82] != 0
     with pytest.raises(DeviceFailed):
-        fork_extents(fd, LAYOUT, raw_inodes(inode), attribute)
+        fork_extents(device, LAYOUT, raw_inodes(inode), attribute)
 
 
 def test_blocks_are_read_in_runs_and_a_short_device_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "image"
     content = os.urandom(10 * 4096)
     path.write_bytes(content)
-    with opened(path) as fd:
-        assert read_blocks(fd, u64(0, 1, 2, 5, 9)).tobytes() == content[: 3 * 4096] + content[5 * 4096 : 6 * 4096] + content[9 * 4096 :]
+    with Device.open_reading(path) as device:
+        assert read_blocks(device, u64(0, 1, 2, 5, 9)).tobytes() == content[: 3 * 4096] + content[5 * 4096 : 6 * 4096] + content[9 * 4096 :]
         with pytest.raises(DeviceFailed):
-            read_blocks(fd, u64(9, 10))
+            read_blocks(device, u64(9, 10))
 
 
 # --- inode chunks
