@@ -102,6 +102,8 @@ def _authorized(key: KeyPair) -> str:
 
 
 def _sshd_config(node: NodeName) -> str:
+    # A bash that sshd starts reads ~/.bashrc of the machine's root, whatever that does and however long, unless SHLVL says that it is no
+    # login's first shell (bash(1), INVOCATION).
     etc = NODE_ROOT / "etc"
     return f"""\
 Port {SSH_PORT}
@@ -118,6 +120,7 @@ UsePAM no
 UseDNS no
 PidFile none
 PrintMotd no
+SetEnv SHLVL=1
 ClientAliveInterval 5
 ClientAliveCountMax 3
 """

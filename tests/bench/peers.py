@@ -52,6 +52,7 @@ class Ssh:
         (there / "sshd").write_text(
             f"Port {PORT}\nListenAddress {NAS2.address}\nHostKey {KEYS}/host\nAuthorizedKeysFile {KEYS}/authorized\nPermitRootLogin yes\n"
             "AuthenticationMethods publickey\nUsePAM no\nUseDNS no\nPidFile none\nPrintMotd no\n"
+            "SetEnv SHLVL=1\n"  # else a bash reads what root has in ~/.bashrc, and the peers would pay for that
         )
         (here / "config").write_text(
             f"Host nas2\n HostName {NAS2.address}\n Port {PORT}\n User root\n IdentityFile {KEYS}/key\n UserKnownHostsFile {KEYS}/known\n"
