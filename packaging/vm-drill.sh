@@ -80,11 +80,22 @@ bash packaging/wheelhouse.sh --python "$(inside ssh -F build/vm/ssh_config mgmt 
 # Machines that an earlier run kept go back to where they had not been provisioned yet.
 vagrant/lab restore fresh 2>/dev/null || vagrant/lab save fresh
 
-provisioned=none twice=no
+# The volume of a drill that has been looked at makes way for the next one's, which has the same address.
+remove_volume() {
+    local command
+    for command in "unserve $1 --node nas2" "discard $1 --yes" "volume remove $1 --yes"; do
+        inside ssh -F build/vm/ssh_config mgmt "sudo landfall $command"
+    done
+}
+
+provisioned=none twice=no volume=
 for drill in $drills; do
     substrate=${drill%/*} fs=${drill#*/} folder=$runs/${drill/\//-}
     mkdir -p "$folder"
-    if [ "$substrate" != "$provisioned" ]; then
+    if [ "$substrate" = "$provisioned" ]; then
+        say "the volume of the drill before is removed"
+        logged "$folder/remove.log" remove_volume "$volume"
+    else
         [ "$provisioned" = none ] || { say "back to fresh machines"; vagrant/lab restore fresh; }
         say "provision: $substrate"
         logged "$folder/provision.log" provision "$substrate"
@@ -101,4 +112,5 @@ for drill in $drills; do
     say "nas1 is switched on again, and all three are looked at"
     vagrant/lab up
     logged "$runs/console.log" inside env LANDFALL_VM_RUN="$folder" "$python" -m pytest -q --timeout 900 tests/vm
+    volume=$("$python" -c 'import json, sys; print(json.load(open(sys.argv[1]))["name"])' "$folder/served.json")
 done

@@ -345,7 +345,7 @@ class PathRefused(LandfallError):
 
 
 class GenerationInvalid(LandfallError):
-    """A generation's snapshot ran out of room, and the kernel gave it up: its content is lost, and nothing read from it was used.
+    """The kernel gave up a snapshot that ran out of room or could not be written: its content is lost, and nothing of it was used.
 
     The volume that it was a snapshot of, and every other generation, are as they were.
     """
@@ -354,7 +354,7 @@ class GenerationInvalid(LandfallError):
         "generation-invalid",
         66,
         Retry.OPERATOR,
-        "Drop it, replicate from another generation that both nodes hold, and give snapshots more room (snapshot_percent; lvextend).",
+        "Look at dmesg. Drop it, replicate from another generation that both nodes hold; give snapshots more room (snapshot_percent).",
     )
 
 

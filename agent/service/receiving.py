@@ -50,7 +50,7 @@ def receive(node: Node, arguments: m.ReceiveTransfer, progress: ProgressCall) ->
     try:
         failpoint("dst.before_listen")
         transfer = mending.expected(node, volume, arguments) if arguments.mends else _expected(node, volume, arguments)
-        _begin_anew_if_distrusted(node, transfer)
+        _begin_anew_if_lost(node, transfer)
         receiver = Receiver(_receive_job(node, transfer, arguments))
         is_committed = not transfer.mends and is_held(node, transfer.target)
         node.store.set_state(transfer.id, m.TransferState.COMMITTED if is_committed else m.TransferState.WAITING)
@@ -148,9 +148,14 @@ def _refuse_unfit_base(node: Node, volume: VolumeRecord, base: GenerationId, tar
     node.substrate.refuse_written(base)
 
 
-def _begin_anew_if_distrusted(node: Node, transfer: TransferRecord) -> None:
-    """Let pieces land on fresh clones, where the volumes that they landed on proved to lose writes. If we die here it is done again."""
-    if node.store.distrusted(transfer.id):
+def _begin_anew_if_lost(node: Node, transfer: TransferRecord) -> None:
+    """Let pieces land on fresh clones, where the volumes that they landed on proved to lose writes, or were given up by the kernel.
+
+    If we die here it is done again.
+    """
+    landing = Workspace(transfer.base.volume, transfer.id, WorkspaceKind.LANDING)
+    gone = not transfer.mends and not is_held(node, transfer.target) and not node.substrate.exists(landing)
+    if node.store.distrusted(transfer.id) or (gone and node.store.arrival_path(transfer.id).exists()):
         node.substrate.discard(Workspace(transfer.base.volume, transfer.id, WorkspaceKind.HEALED))
         node.store.forget_arrival(transfer.id)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from agent.blockio.device import Device
-from agent.contract.errors import CommandFailed, NotOurs, ProgramMissing
+from agent.contract.errors import CommandFailed, DeviceFailed, NotOurs, ProgramMissing
 from agent.system.run import Output, run
 
 TAGS: Final = frozenset({"landfall", "landfall-lab"})
@@ -159,6 +159,15 @@ def activate(of: Group, volume: LogicalVolume) -> None:
     _lvm(["lvchange", "--activate", "y", "--ignoreactivationskip", f"{of.name}/{volume.name}"])
 
 
+def activate_checked(of: Group, pool: LogicalVolume) -> None:
+    """Let the kernel have a thin pool, after its metadata was checked; CommandFailed, and it has it not, if the check fails.
+
+    A check that finds nothing also ends the kernel's doubts after a failed commit (thin_check(8), --clear-needs-check-flag), which LVM
+    as some distributions build it leaves standing for ever.
+    """
+    _lvm(["lvchange", "--activate", "y", f"{of.name}/{pool.name}"], check="--clear-needs-check-flag")
+
+
 def deactivate(of: Group, volume: LogicalVolume) -> None:
     """Take a logical volume from the kernel, an origin with all its snapshots; CommandFailed if one of them is in use."""
     _lvm(["lvchange", "--activate", "n", f"{of.name}/{volume.name}"])
@@ -193,11 +202,13 @@ def dm_uuid(of: Group, volume_uuid: str = "", layer: str = "") -> str:
 
 
 def _make_durable(of: Group) -> None:
-    """Flush what LVM wrote of the group's metadata: its direct writes alone are in the disk's cache."""
+    """Flush what LVM wrote of the group's metadata: its direct writes alone are in the disk's cache. DeviceFailed: it may be lost yet."""
     if of.disk is not None:
         disk_fd = os.open(of.disk, os.O_RDONLY | os.O_CLOEXEC)
         try:
             os.fsync(disk_fd)
+        except OSError as error:
+            raise DeviceFailed(f"the metadata of volume group {of.name} cannot be made durable", cause=f"{of.disk}: {error}") from error
         finally:
             os.close(disk_fd)
 
@@ -216,10 +227,12 @@ def _report(argv: list[str], kind: str) -> list[dict[str, str]]:
         raise CommandFailed(f"{argv[0]} gave a report that cannot be read", cause=f"{error}: {output.text[:200]}") from error
 
 
-def _lvm(argv: list[str], *, timeout_s: float = _TIME_LIMIT_S, settings: str = "") -> Output:
+def _lvm(argv: list[str], *, timeout_s: float = _TIME_LIMIT_S, settings: str = "", check: str = "") -> Output:
     settings = settings if _UDEV.exists() else f"{_WITHOUT_UDEV} {settings}"
+    config = [f"activation {{ {settings} }}"] if settings else []
+    config += [f'global {{ thin_check_options=[ "-q", "{check}" ] }}'] if check else []
     try:
-        return run([argv[0], *(["--config", f"activation {{ {settings} }}"] if settings else []), *argv[1:]], timeout_s=timeout_s)
+        return run([argv[0], *(["--config", " ".join(config)] if config else []), *argv[1:]], timeout_s=timeout_s)
     except ProgramMissing as error:
         raise ProgramMissing(f"{argv[0]} is not installed", fix="Install lvm2 and thin-provisioning-tools.") from error
 

@@ -20,9 +20,10 @@ merge as many), each generation needs room for everything that changed since it,
 copying what differs. Keep few generations, or use lvm-thin. In return the origin is a plain volume that any LVM reads, no pool can fill
 up under it, and the published method's differential volume is here literally.
 
-A snapshot that runs out of room is given up by the kernel, the origin going on: whatever was read from it is void. So its status is
-looked at before it is given to anybody and again when they are done (GenerationInvalid), and before a commit. A merge overflows none:
-every snapshot of the origin is first extended by what may come, or the merge waits. A workspace has the room it was begun with.
+A snapshot that runs out of room, or cannot be written, is given up by the kernel, the origin going on: whatever was read from it is
+void. So its status is looked at before it is given to anybody and again when they are done (GenerationInvalid), and before a commit. A
+merge overflows none: every snapshot of the origin is first extended by what may come, or the merge waits. A workspace has the room it
+was begun with.
 """
 
 from __future__ import annotations
@@ -128,7 +129,7 @@ class LvmSnapshotSubstrate(LvmSubstrate):
         return record.size_bytes if self._is_full_size(volume, record) else (left - left // 256) * CHUNK_BYTES
 
     def exists(self, workspace: Workspace) -> bool:
-        """Whether the workspace is there, whole: one that ran out of room is not."""
+        """Whether the workspace is there, whole: one that the kernel gave up is not."""
         held = self._held()
         if workspace not in held.workspaces:
             return False
@@ -520,8 +521,9 @@ class LvmSnapshotSubstrate(LvmSubstrate):
             facts, workspace = tags.read_generation(volume.tags), tags.read_workspace(volume.tags)
             what = f"generation {facts.id.name}" if facts else f"the {workspace.kind} volume" if workspace else "a snapshot"
             raise GenerationInvalid(
-                f"{what} of volume {record.name} ran out of room and was given up",
-                cause=f"the COW device of logical volume {volume.name} had {volume.size_bytes >> 20} MiB",
+                f"the kernel gave up {what} of volume {record.name}",
+                cause=f"the COW device of logical volume {volume.name} ran out of room (it had {volume.size_bytes >> 20} MiB) "
+                "or could not be written",
             )
         return status
 

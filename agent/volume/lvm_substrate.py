@@ -21,7 +21,16 @@ from pathlib import Path
 from typing import Final
 from uuid import UUID
 
-from agent.contract.errors import BaseMismatch, DeviceBusy, LandfallError, LayoutUnsupported, NotOurs, RequestRefused, VolumeExists
+from agent.contract.errors import (
+    BaseMismatch,
+    DeviceBusy,
+    DeviceFailed,
+    LandfallError,
+    LayoutUnsupported,
+    NotOurs,
+    RequestRefused,
+    VolumeExists,
+)
 from agent.contract.identity import BLOCK_BYTES, GenerationId, GenerationKind, empty_generation, plain_name
 from agent.contract.messages import GenerationFacts, Role, Unreadable
 from agent.system import blockdev
@@ -407,6 +416,8 @@ class LvmSubstrate(ABC):
             device_fd = os.open(device, os.O_RDWR | os.O_CLOEXEC)
             try:
                 os.fsync(device_fd)
+            except OSError as error:
+                raise DeviceFailed(f"the {workspace.kind} volume cannot be made durable", cause=f"{device}: {error}") from error
             finally:
                 os.close(device_fd)
 

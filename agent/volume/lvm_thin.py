@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final
 from uuid import UUID
 
-from agent.contract.errors import BaseMismatch, DeviceFailed, LayoutUnsupported, NoSpace, NotOurs
+from agent.contract.errors import BaseMismatch, CommandFailed, DeviceBusy, DeviceFailed, LayoutUnsupported, NoSpace, NotOurs
 from agent.contract.identity import BLOCK_BYTES, GenerationId
 from agent.contract.messages import Role
 from agent.system.failpoint import failpoint
@@ -52,7 +52,7 @@ class LvmThinSubstrate(LvmSubstrate):
         self.pool_volume = pools[0]
         if not self.pool_volume.errors_when_full:
             lvm.change(self.group, self.pool_volume.name, "--errorwhenfull", "y")
-        self._activate()
+        self._take_into_use()
 
     @staticmethod
     def initialise(group: str) -> LvmThinSubstrate:
@@ -81,7 +81,7 @@ class LvmThinSubstrate(LvmSubstrate):
 
     def free_bytes(self, workspace: Workspace | None = None) -> int:
         """Return how much can still be written into the pool."""
-        status = mapper.pool_status(self._pool())
+        status = self._status()
         return (status.data_total - status.data_used) * self.pool_volume.chunk_bytes
 
     def changed(self, base: GenerationId, target: GenerationId) -> ChangedRuns:
@@ -144,11 +144,12 @@ class LvmThinSubstrate(LvmSubstrate):
     def recover(self) -> None:
         """Thaw what is frozen of ours, let go of devices and of the metadata snapshot, sweep what has no meaning. Idempotent."""
         with self._locked():
-            self._activate()
+            self._take_into_use()
             self._thaw()
             mapper.remove_unused()
-            thin_map.release_metadata(self._pool())
-            self._sweep()
+            if self._status().takes_writes:  # one that does not has to wait, and says so to everybody who wants to write
+                thin_map.release_metadata(self._pool())
+                self._sweep()
 
     # --- steps ---
 
@@ -157,10 +158,9 @@ class LvmThinSubstrate(LvmSubstrate):
         return lvm_held.read([one for one in found if one.pool == self.pool_volume.uuid and one.thin_id is not None], self.group.name)
 
     def _need_room(self, what: str) -> None:
-        """Raise NoSpace above the limits, before anything is made; DeviceFailed for a pool that must be repaired."""
-        status = mapper.pool_status(self._pool())
-        if status.needs_check or status.mode not in {"rw", "out_of_data_space"}:
-            raise DeviceFailed(f"the thin pool takes no {what}", cause=f"its mode is {status.mode}", fix="Repair it: lvconvert --repair.")
+        """Raise NoSpace above the limits, before anything is made; DeviceFailed for a pool that takes no writes."""
+        status = self._status()
+        self._refuse_unfit(status)
         data, metadata = (
             100 * used / total for used, total in ((status.data_used, status.data_total), (status.metadata_used, status.metadata_total))
         )
@@ -222,11 +222,56 @@ class LvmThinSubstrate(LvmSubstrate):
         """Nothing: thin volumes do not depend on one another."""
 
     def _device(self, volume: LogicalVolume, record: VolumeRecord, *, writable: bool) -> AbstractContextManager[Path]:
+        if writable:
+            self._refuse_unfit(self._status())
+            if mapper.by_identity(lvm.dm_uuid(self.group, volume.uuid)):  # two devices of one thin volume do not exclude each other
+                raise DeviceBusy(
+                    f"somebody activated logical volume {volume.name}, which is to be written",
+                    fix=f"Let go of it: lvchange --activate n {self.group.name}/{volume.name}.",
+                )
         return mapper.device_over(mapper.thin(self._pool(), _thin_id(volume)), record.size_bytes, volume.uuid, writable=writable)
 
-    def _activate(self) -> None:
-        if mapper.by_identity(lvm.dm_uuid(self.group, self.pool_volume.uuid, "tpool")) is None:
-            lvm.change(self.group, self.pool_volume.name, "--activate", "y")
+    def _take_into_use(self) -> None:
+        """Let the kernel have the pool; one that takes no writes is taken from it first, so that its metadata gets checked.
+
+        A disk that fails a flush fails the pool's commit with it. The kernel then goes back to the last one that succeeded and commits no
+        more, also when the disk is sound again: what was written since is gone, and nobody was told that it is durable. Whoever starts
+        the agent anew says that the disk is sound; that the metadata is, the check says, or DeviceFailed. While a volume is in use the
+        pool stays with the kernel as it is.
+        """
+        pool = mapper.by_identity(lvm.dm_uuid(self.group, self.pool_volume.uuid, "tpool"))
+        if pool is not None and mapper.pool_status(pool).takes_writes:
+            return
+        if pool is not None:
+            lvm.deactivate(self.group, self.pool_volume)
+        try:
+            lvm.activate_checked(self.group, self.pool_volume)
+        except CommandFailed as error:
+            raise DeviceFailed(
+                f"the thin pool of {self.group.name} cannot be taken into use",
+                cause=str(error.cause),
+                fix=f"If the check of its metadata failed: lvconvert --repair {self.group.name}/{self.pool_volume.name}.",
+            ) from error
+
+    def _status(self) -> mapper.PoolStatus:
+        return mapper.pool_status(self._pool())
+
+    def _refuse_unfit(self, status: mapper.PoolStatus) -> None:
+        """Refuse to write to a pool that commits nothing: such a write would be accepted, and gone later."""
+        pool = f"{self.group.name}/{self.pool_volume.name}"
+        if status.takes_writes:
+            return
+        if status.metadata_is_full:
+            raise NoSpace(
+                f"the metadata of thin pool {pool} is full, and the kernel keeps it read-only",
+                fix=f"Extend it (lvextend --poolmetadatasize +64m {pool}), then start the agent anew.",
+            )
+        raise DeviceFailed(
+            f"thin pool {pool} takes no writes",
+            cause=f"its mode is {status.mode}: a commit of its metadata failed, and the kernel trusts it no more",
+            fix="See to the disks below it (dmesg), stop what serves its volumes (landfall unserve), and start the agent anew: "
+            "it has the metadata checked and takes the pool into use again. What was acknowledged is there.",
+        )
 
     def _pool(self) -> Path:
         return self._existing_device(lvm.dm_uuid(self.group, self.pool_volume.uuid, "tpool"))

@@ -40,6 +40,15 @@ class PoolStatus:
     mode: str
     needs_check: bool
 
+    @property
+    def takes_writes(self) -> bool:
+        """Whether the pool commits: after a commit that failed the kernel keeps it read-only, until its metadata was checked."""
+        return self.mode in {"rw", "out_of_data_space"} and not self.needs_check
+
+    @property
+    def metadata_is_full(self) -> bool:
+        return self.metadata_used >= self.metadata_total
+
 
 @dataclass(frozen=True, slots=True)
 class SnapshotStatus:
@@ -73,7 +82,12 @@ def device_over(target: str, size_bytes: int, lv_uuid: str, *, writable: bool) -
     name = f"landfall-{secrets.token_hex(8)}"
     identity = f"{_OURS}{lv_uuid}-{'w' if writable else 'r'}-{name[-16:]}"
     table = f"0 {size_bytes // _SECTOR_BYTES} {target}"
-    dmsetup(["create", name, "--uuid", identity, *(() if writable else ("--readonly",)), "--table", table])
+    try:
+        dmsetup(["create", name, "--uuid", identity, *(() if writable else ("--readonly",)), "--table", table])
+    except CommandFailed as error:
+        if "busy" in str(error.cause).lower():
+            raise DeviceBusy("the device below is mounted or open for somebody alone", cause=str(error.cause)) from error
+        raise
     device_fd = -1
     try:
         device = by_identity(identity)
@@ -148,11 +162,13 @@ def resume_left(prefix: str) -> None:
 
 
 def pool_status(pool: Path) -> PoolStatus:
-    """Return the status of a thin pool (Documentation/admin-guide/device-mapper/thin-provisioning.rst); DeviceFailed if it has failed."""
-    text = dmsetup(["status", str(pool)]).text.strip()
-    words = text.split()[3:]
+    """Return the status of a thin pool (Documentation/admin-guide/device-mapper/thin-provisioning.rst).
+
+    Of one that has failed altogether nothing is known but that: its mode is ``Fail``.
+    """
+    words = dmsetup(["status", str(pool)]).text.split()[3:]
     if len(words) < 6 or "/" not in words[1]:
-        raise DeviceFailed("the thin pool has failed", cause=text, fix="Look at dmesg; repair it with lvconvert --repair.")
+        return PoolStatus(0, 1, 1, 1, held=False, mode="Fail", needs_check=True)
     metadata_used, metadata_total = map(int, words[1].split("/"))
     data_used, data_total = map(int, words[2].split("/"))
     return PoolStatus(metadata_used, metadata_total, data_used, data_total, words[3] != "-", words[4], "needs_check" in words)

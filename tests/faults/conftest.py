@@ -12,10 +12,10 @@ import pytest
 
 from agent.contract.identity import FilesystemKind
 from mgmt.authority import Authority
-from tests.faults import thin
+from tests.faults import lvm_case
 from tests.faults.case import Case, prepare
+from tests.faults.lvm_case import LvmCase
 from tests.faults.rig import NodeProcess, Pair, Pool, pool
-from tests.faults.thin import ThinCase
 
 FILES = 300
 
@@ -65,26 +65,68 @@ def xfs_case(authority: Authority) -> Iterator[Case]:
         yield prepare(FilesystemKind.XFS, *pools, authority, files=FILES, seed=12)
 
 
-@pytest.fixture(scope="session")
-def thin_case(authority: Authority) -> Iterator[ThinCase]:
-    """Yield a differential on two volume groups."""
+@contextmanager
+def two_groups(substrate: str, authority: Authority) -> Iterator[LvmCase]:
+    """Yield a differential on two volume groups, gone afterwards."""
     folder = Path(tempfile.mkdtemp(prefix="lf-"))
     try:
-        made = thin.prepare(folder, authority)
+        made = lvm_case.prepare(substrate, folder, authority)
         yield made
-        thin.end(None, made)
+        lvm_case.end(None, made)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-@pytest.fixture
-def thin_pair(thin_case: ThinCase) -> Iterator[Pair]:
-    """Yield both nodes on volume groups, as they are before the transfer, not running."""
-    pair = thin_case.fresh()
+@contextmanager
+def fresh_pair(made: LvmCase) -> Iterator[Pair]:
+    """Yield both nodes on volume groups, as they are before the transfer, not running; nothing of them stays."""
+    pair = made.fresh()
     try:
         yield pair
     finally:
-        thin.end(pair, thin_case)
+        lvm_case.end(pair, made)
+
+
+@pytest.fixture(scope="session")
+def thin_case(authority: Authority) -> Iterator[LvmCase]:
+    """Yield a differential on thin volumes."""
+    with two_groups("lvm-thin", authority) as made:
+        yield made
+
+
+@pytest.fixture(scope="session")
+def snapshot_case(authority: Authority) -> Iterator[LvmCase]:
+    """Yield a differential on classic snapshots."""
+    with two_groups("lvm-snapshot", authority) as made:
+        yield made
+
+
+@pytest.fixture
+def thin_pair(thin_case: LvmCase) -> Iterator[Pair]:
+    """Yield both nodes of ``thin_case``."""
+    with fresh_pair(thin_case) as pair:
+        yield pair
+
+
+@pytest.fixture
+def snapshot_pair(snapshot_case: LvmCase) -> Iterator[Pair]:
+    """Yield both nodes of ``snapshot_case``."""
+    with fresh_pair(snapshot_case) as pair:
+        yield pair
+
+
+@pytest.fixture(params=["thin", "snapshot"])
+def group_case(request: pytest.FixtureRequest) -> LvmCase:
+    """Return a differential on each substrate of LVM's in turn."""
+    found: LvmCase = request.getfixturevalue(f"{request.param}_case")
+    return found
+
+
+@pytest.fixture
+def group_pair(group_case: LvmCase) -> Iterator[Pair]:
+    """Yield both nodes of ``group_case``."""
+    with fresh_pair(group_case) as pair:
+        yield pair
 
 
 @pytest.fixture(params=[FilesystemKind.EXT4, FilesystemKind.XFS], ids=str)

@@ -11,6 +11,7 @@ import hashlib
 import json
 import mmap
 import os
+import re
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,9 @@ UDEV = Path("/run/udev/control")
 SECTOR = 512
 STATE_SECTORS = (64 << 20) // SECTOR
 DISK_BYTES = 512 << 20
+UNUSED_SECTORS = 8
+CHUNK_SECTORS = 128  # of a thin pool
+GROUP_AT = STATE_SECTORS * SECTOR
 
 
 def command(*argv: str | Path) -> str:
@@ -105,6 +109,12 @@ class Disk:
         self._create(f"{self.name}-state", f"0 {STATE_SECTORS} linear /dev/mapper/{self.name} 0")
         self._create(f"{self.name}-group", f"0 {self.sectors - STATE_SECTORS} linear /dev/mapper/{self.name} {STATE_SECTORS}")
 
+    def log_group(self, log: str) -> None:
+        """Let every write to the volume group, and no other, be logged to a device from now on; nothing of the group is active."""
+        length = self.sectors - STATE_SECTORS
+        self._create(f"{self.name}-under", f"0 {length} linear /dev/mapper/{self.name} {STATE_SECTORS}")
+        self._reload(f"{self.name}-group", f"0 {length} log-writes /dev/mapper/{self.name}-under {log}")
+
     def detach(self) -> None:
         """Take it all down, whatever of the agent's is still mounted or mapped on it; its processes must have gone."""
         if not self.loop:
@@ -144,35 +154,90 @@ class Disk:
 
     def put(self, table: str) -> None:
         """Let the device have another table from now on; what is under way may fail by it."""
-        dmsetup("suspend", "--noflush", "--nolockfs", self.name)
-        dmsetup("reload", self.name, "--table", table)
-        dmsetup("resume", self.name)
+        self._reload(self.name, table)
+
+    def _reload(self, name: str, table: str) -> None:
+        dmsetup("suspend", "--noflush", "--nolockfs", name)
+        dmsetup("reload", name, "--table", table)
+        dmsetup("resume", name)
 
     def heal(self) -> None:
         """Let the disk be sound again."""
         self.put(f"0 {self.sectors} {self.linear}")
 
+    def fail_flushes(self) -> None:
+        """Let every flush of the volume group fail from now on; its writes and reads, and the state, go on."""
+        length = self.sectors - STATE_SECTORS
+        end = length - UNUSED_SECTORS  # LVM has given out only whole extents before it
+        below = f"/dev/mapper/{self.name}"
+        sound = f"0 {end} linear {below} {STATE_SECTORS}"
+        self._reload(f"{self.name}-group", f"{sound}\n{end} {UNUSED_SECTORS} flakey {below} {STATE_SECTORS + end} 0 3600 1 error_writes")
+
+    def heal_flushes(self) -> None:
+        """Let the volume group's flushes be sound again."""
+        self._reload(f"{self.name}-group", f"0 {self.sectors - STATE_SECTORS} linear /dev/mapper/{self.name} {STATE_SECTORS}")
+
     def in_pool_data(self, target: str) -> str:
         """Return a table that is sound but for the pool's data; {disk} in ``target`` is the loop device and the first sector on it."""
-        start, length = self.pool_data()
-        end = start + length
-        faulty = target.format(disk=f"{self.loop} {start}")
-        return f"0 {start} linear {self.loop} 0\n{start} {length} {faulty}\n{end} {self.sectors - end} linear {self.loop} {end}"
+        return self.with_parts([self.pool_data()], target)
 
     def pool_data(self) -> tuple[int, int]:
         """Return first sector and length of the thin pool's data on this disk, as the kernel maps it."""
         names = dmsetup("ls").split()
-        mapped = next(name for name in names if name.endswith("_tdata") and name.startswith(self.group.replace("-", "--") + "-"))
+        mapped = next(name for name in names if name.endswith("_tdata") and name.startswith(self._mapped("")))
         (row,) = dmsetup("table", mapped).strip().splitlines()
         begin, length, kind, _, start = row.split()
         assert (begin, kind) == ("0", "linear")
         return int(start) + STATE_SECTORS, int(length)
 
-    def chunks_used(self) -> int:
-        """Return how many chunks of the pool's data are given out, as the kernel counts."""
+    def landing_room(self) -> list[tuple[int, int]]:
+        """Return first sector and length, on this disk, of each run from which the landing volume gets what is written to it next."""
+        names = dmsetup("ls").split()
+        if any(name.startswith(self._mapped("")) and name.endswith("_tdata") for name in names):
+            start, length = self.pool_data()
+            at, free = 0, []
+            for first, chunks in [*self._chunks_given_out(), (length // CHUNK_SECTORS, 0)]:
+                if first > at:
+                    free.append((start + at * CHUNK_SECTORS, (first - at) * CHUNK_SECTORS))
+                at = max(at, first + chunks)
+            return free
+        snapshot = self._mapped(self.named("landfall/workspace/1/"))
+        (row,) = dmsetup("table", f"{snapshot}-cow").strip().splitlines()
+        start, length = int(row.split()[4]) + STATE_SECTORS, int(row.split()[1])
+        used = int(dmsetup("status", snapshot).split()[3].partition("/")[0])
+        return [(start + used, length - used)]
+
+    def landing_stands(self) -> bool:
+        """Whether the kernel has not given up the landing volume; a thin one it never does."""
+        snapshot = self._mapped(self.named("landfall/workspace/1/"))
+        status = [line for line in dmsetup("status").splitlines() if line.startswith(f"{snapshot}: ")]
+        return not any("Invalid" in line or "Overflow" in line for line in status)
+
+    def with_parts(self, parts: list[tuple[int, int]], target: str) -> str:
+        """Return a table that is sound but for some parts; {disk} in ``target`` is the loop device and the first sector on it."""
+        lines, at = [], 0
+        for first, length in parts:
+            if first > at:
+                lines.append(f"{at} {first - at} linear {self.loop} {at}")
+            lines.append(f"{first} {length} {target.format(disk=f'{self.loop} {first}')}")
+            at = first + length
+        return "\n".join([*lines, f"{at} {self.sectors - at} linear {self.loop} {at}"])
+
+    def _mapped(self, volume: str) -> str:
+        """Return what device-mapper calls a logical volume."""
+        return f"{self.group.replace('-', '--')}-{volume.replace('-', '--')}"
+
+    def _chunks_given_out(self) -> list[tuple[int, int]]:
+        """Return first and count of each run of chunks that the pool has given out, ascending."""
         names = dmsetup("ls", "--target", "thin-pool").split()
-        pool = next(name for name in names if name.startswith(self.group.replace("-", "--") + "-"))
-        return int(dmsetup("status", pool).split()[5].split("/")[0])
+        pool = next(name for name in names if name.startswith(self._mapped("")))
+        dmsetup("message", pool, "0", "reserve_metadata_snap")
+        try:
+            dump = command("thin_dump", "-m", f"/dev/mapper/{pool.removesuffix('-tpool')}_tmeta")
+        finally:
+            dmsetup("message", pool, "0", "release_metadata_snap")
+        runs = [(int(first), int(count)) for first, count in re.findall(r'data_begin="(\d+)" length="(\d+)"', dump)]
+        return sorted([*runs, *((int(one), 1) for one in re.findall(r'data_block="(\d+)"', dump))])
 
     def places_of(self, content: bytes) -> list[int]:
         """Return at which sectors of the raw image these bytes lie."""
@@ -205,17 +270,26 @@ class Disk:
     @contextmanager
     def device(self, tag: str, *, writable: bool = False) -> Iterator[Path]:
         """Yield the device of the one logical volume with a tag that begins so."""
-        (name,) = [name for name, tags in self.tags().items() if tag in tags]
+        name = self.named(tag)
         volume = f"{self.group}/{name}"
+        active = bool(self.lvm("lvs", "--noheadings", "-o", "lv_active", volume).strip())
         if writable:
             self.lvm("lvchange", "--permission", "rw", volume)
-        self.lvm("lvchange", "--activate", "y", "--ignoreactivationskip", volume)
+        if not active:
+            self.lvm("lvchange", "--yes", "--activate", "y", "--ignoreactivationskip", volume)
         try:
             yield Path("/dev") / volume
         finally:
-            self.lvm("lvchange", "--activate", "n", volume)
+            if not active:
+                self.lvm("lvchange", "--yes", "--activate", "n", volume)
             if writable:
                 self.lvm("lvchange", "--permission", "r", volume)
+
+    def named(self, tag: str) -> str:
+        """Return the name of the one logical volume with a tag that begins so; what an origin holds it holds only if no other does."""
+        found = {name: tags for name, tags in self.tags().items() if tag in tags}
+        (name,) = [name for name, tags in found.items() if len(found) == 1 or "landfall/origin/" not in tags]
+        return name
 
     def digest(self, generation: GenerationId) -> str:
         """Return the SHA-256 of a whole generation."""

@@ -47,11 +47,21 @@ def _die_with_the_test_run() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _serve(folder: str, name: str, volume_group: str, environment: dict[str, str]) -> None:
+@dataclass(frozen=True)
+class Keeping:
+    """What a node keeps its volumes on."""
+
+    substrate: str = "reflink"
+    volume_group: str = ""  # of the LVM substrates; reflink's images are in the node's folder
+
+
+def _serve(folder: str, name: str, keeping: Keeping, environment: dict[str, str], sabotage: Callable[[], None] | None) -> None:
     from agent.config import Config
     from agent.daemon import serve
 
     os.environ.update(environment)
+    if sabotage is not None:
+        sabotage()
     log = os.open(Path(folder) / "agent.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     os.dup2(log, 2)
     os.setsid()
@@ -69,8 +79,8 @@ def _serve(folder: str, name: str, volume_group: str, environment: dict[str, str
             mount_dir=root / "srv",
             smb_port=0,
             lab=True,
-            substrate="lvm-thin" if volume_group else "reflink",
-            volume_group=volume_group,
+            substrate=keeping.substrate,
+            volume_group=keeping.volume_group,
         )
     )
 
@@ -82,16 +92,15 @@ class NodeProcess:
     folder: Path
     name: str
     process: multiprocessing.context.ForkServerProcess | None = field(default=None)
-    volume_group: str = ""  # where the volumes are; without, in the folder
+    keeping: Keeping = Keeping()
     environment: dict[str, str] = field(default_factory=dict)  # of every agent on this folder
+    sabotage: Callable[[], None] | None = field(default=None)  # run in the agent's process first: takes away what a test must miss
     term: int = 1
 
     def start(self, **environment: str) -> None:
         """Start the agent; on return it answers."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        process = FORKS.Process(target=_serve, args=(str(self.folder), self.name, self.volume_group, {**self.environment, **environment}))
-        process.start()
-        self.process = process
+        process = self._begun(environment)
         until = time.monotonic() + ANSWER_S
         while True:
             try:
@@ -147,12 +156,14 @@ class NodeProcess:
     def die_at_start(self, *points: str) -> None:
         """Start the agent, which dies by a failpoint before it answers."""
         self._trace.unlink(missing_ok=True)
-        process = FORKS.Process(
-            target=_serve, args=(str(self.folder), self.name, self.volume_group, {**self.environment, **self._armed(points)})
-        )
-        process.start()
-        self.process = process
+        self._begun(self._armed(points))
         self.died_by(points[-1])
+
+    def _begun(self, environment: dict[str, str]) -> multiprocessing.context.ForkServerProcess:
+        arguments = (str(self.folder), self.name, self.keeping, {**self.environment, **environment}, self.sabotage)
+        self.process = FORKS.Process(target=_serve, args=arguments)
+        self.process.start()
+        return self.process
 
     def died_by(self, point: str) -> None:
         """Assert that the agent died, or dies soon, by SIGKILL at ``point``, and that this is the last point that it passed."""

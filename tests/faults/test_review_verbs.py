@@ -246,9 +246,9 @@ def test_two_agents_never_work_on_one_state(pair: Pair) -> None:
 
 
 def serve_quietly(folder: str, name: str) -> None:
-    from tests.faults.rig import _serve
+    from tests.faults.rig import Keeping, _serve
 
-    _serve(folder, name, "", {})
+    _serve(folder, name, Keeping(), {}, None)
 
 
 def test_a_transfer_of_a_volume_that_is_gone_does_not_keep_the_agent_from_starting(pair: Pair) -> None:

@@ -56,12 +56,12 @@ def entries(log: Path) -> list[Entry]:
     return found
 
 
-def replay(log: Path, part: list[Entry], image: Path) -> None:
-    """Write a part of the log onto an image; what was discarded is zeros."""
+def replay(log: Path, part: list[Entry], image: Path, begins_at: int = 0) -> None:
+    """Write a part of the log onto an image, where what was logged begins at ``begins_at``; what was discarded is zeros."""
     with log.open("rb") as source, image.open("r+b", buffering=0) as target:
         for entry in part:
             if entry.flags & Flag.MARK or not entry.length:
                 continue
             source.seek(entry.data_at)
-            target.seek(entry.at)
+            target.seek(begins_at + entry.at)
             target.write(bytes(entry.length) if entry.flags & Flag.DISCARD else source.read(entry.length))

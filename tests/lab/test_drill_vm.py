@@ -105,4 +105,6 @@ def test_the_playbook_the_evidence_and_the_report(tmp_path: Path) -> None:
     assert 0 < report["files"]["recovered"] < report["files"]["changed"]
     assert abs(report["killed_at"] - report["at"]) < 0.15
     assert (report["lab"], report["substrate"]) == ("vm", "reflink")
-    assert "Recover every whole file on nas2" in said
+    assert "Let nas2 recover every whole file and take the volume over" in said
+    assert report["rto_s"] > report["seconds"]["recover"] > 0
+    assert report["rpo_s"] > 0

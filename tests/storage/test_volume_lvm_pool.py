@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import struct
 import subprocess
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from uuid import uuid4
 
 import pytest
 
 from agent.contract.errors import BaseMismatch, FailpointHit, LayoutUnsupported, NoSpace, NotOurs, ProgramMissing
-from agent.contract.identity import BLOCK_BYTES, GenerationKind, empty_generation
+from agent.contract.identity import BLOCK_BYTES, GenerationId, GenerationKind, empty_generation
 from agent.contract.messages import Role
 from agent.system.clock import wait_until
 from agent.volume import filesystem, lvm, mapper
 from agent.volume.lvm_thin import Limits, LvmThinSubstrate
 from agent.volume.substrate import Workspace, WorkspaceKind
-from tests.storage.conformance import Bench, Call, block_of, blocks_of, facts_after, in_child, read, record, taken, write
-from tests.storage.volume_groups import volume_group
+from tests.storage.conformance import BLOCKS, Bench, Call, block_of, blocks_of, facts_after, in_child, read, record, taken, write
+from tests.storage.volume_groups import command, volume_group
 
 pytestmark = pytest.mark.device_mapper
 
@@ -137,6 +140,67 @@ def test_E6_a_full_pool_fails_the_writer_and_harms_no_generation(substrate: LvmT
     substrate.discard(workspace)
     assert substrate.free_bytes() > 64 << 20
     assert len(substrate.generations(volume.id)) == 1
+
+
+def test_E7_a_pool_whose_metadata_is_full_takes_nothing_until_it_has_more_and_loses_nothing(tmp_path: Path) -> None:
+    (tmp_path / "more").mkdir()
+    with open(tmp_path / "more" / "disk", "wb") as file:
+        file.truncate(64 << 20)
+    more = command("losetup", "--find", "--show", str(tmp_path / "more" / "disk")).strip()
+    try:
+        with volume_group(tmp_path, size_bytes=POOL_BYTES) as name:
+            substrate = LvmThinSubstrate.initialise(name)
+            volume = record()
+            substrate.create(volume)
+            base = taken(substrate, volume.id, {1: block_of("base")}).id
+            with substrate.operational(volume.id) as device:
+                write(device, 1, block_of("acknowledged"))
+                _fill_metadata(substrate)
+                with pytest.raises(OSError, match="Input/output"):
+                    write(device, BLOCKS - 1, block_of("not acknowledged"))
+            status = mapper.pool_status(substrate._pool())
+            assert status.metadata_is_full
+            assert not status.takes_writes
+            with pytest.raises(NoSpace, match="metadata"):
+                substrate.take(volume.id, None, facts_after(substrate, volume.id))
+            with pytest.raises(NoSpace, match="metadata"), substrate.operational(volume.id):
+                pass
+            assert _blocks(substrate, base) == block_of("base")
+            command("vgextend", name, more)
+            command("lvextend", "--poolmetadatasize", "+8m", f"{name}/{substrate.pool_volume.name}")
+            opened = LvmThinSubstrate(name)
+            opened.recover()
+            with opened.operational(volume.id) as device:
+                assert read(device, 1, 1) == block_of("acknowledged")
+                assert read(device, BLOCKS - 1, 1) == bytes(BLOCK_BYTES)
+                write(device, BLOCKS - 1, block_of("later"))
+            target = facts_after(opened, volume.id)
+            opened.take(volume.id, None, target)
+            assert blocks_of(opened.changed(base, target.id)) == {1, BLOCKS - 1}
+            assert _blocks(opened, base) == block_of("base")
+    finally:
+        command("losetup", "--detach", more)
+
+
+def _blocks(substrate: LvmThinSubstrate, generation: GenerationId) -> bytes:
+    with substrate.reading(generation) as device:
+        return read(device, 1, 1)
+
+
+def _fill_metadata(substrate: LvmThinSubstrate) -> None:
+    """Make empty thin volumes that nobody knows until the pool refuses more; each takes a block of its metadata."""
+    pool = Path("/sys/class/block", substrate._pool().name, "dm", "name").read_text().strip()
+    status = mapper.pool_status(substrate._pool())
+    with open("/dev/mapper/control", "r+b", buffering=0) as control, suppress(OSError):
+        for number in range(status.metadata_total + 1):
+            _message(control.fileno(), pool, f"create_thin {0x800000 + number}")
+
+
+def _message(control_fd: int, name: str, text: str) -> None:
+    """Send a device a message (linux/dm-ioctl.h, DM_TARGET_MSG): a thousand runs of dmsetup would take minutes."""
+    message = struct.pack("<Q", 0) + text.encode() + b"\0"
+    head = struct.pack("<3I3IiIIIQ128s136s", 4, 0, 0, 312 + len(message), 312, 0, 0, 0, 0, 0, 0, name.encode(), b"")
+    fcntl.ioctl(control_fd, 3 << 30 | 312 << 16 | 0xFD << 8 | 14, bytearray(head + message))
 
 
 def _fill(device_fd: int, size_bytes: int) -> None:

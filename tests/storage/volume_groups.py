@@ -19,14 +19,15 @@ def volume_group(folder: Path, *, tag: str | None = "landfall-lab", size_bytes: 
         file.truncate(size_bytes)
     with ExitStack() as after:
         after.callback(image.unlink)
-        device = _run("losetup", "--find", "--show", str(image)).strip()
-        after.callback(_run, "losetup", "--detach", device)
-        _run("vgcreate", *(["--addtag", tag] if tag else []), name, device)
-        after.callback(_run, "vgremove", "-ff", "-y", name)
+        device = command("losetup", "--find", "--show", str(image)).strip()
+        after.callback(command, "losetup", "--detach", device)
+        command("vgcreate", *(["--addtag", tag] if tag else []), name, device)
+        after.callback(command, "vgremove", "-ff", "-y", name)
         yield name
 
 
-def _run(*argv: str) -> str:
+def command(*argv: str) -> str:
+    """Run a program; its own words are the failure's message."""
     done = subprocess.run(argv, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{argv}: {done.stderr}"
     return done.stdout

@@ -1,6 +1,6 @@
 """The drill on virtual machines, in the order of events.
 
-The playbook fills, changes, replicates and salvages, as an operator would; the host copies the frozen generations before anything dies,
+The playbook fills, changes, replicates and fails over, as an operator would; the host copies the frozen generations before anything dies,
 cuts nas1's power at a share of the bytes that it counts itself, and has the result checked from copies that it took itself.
 """
 
@@ -19,7 +19,7 @@ from agent.contract.dmi import Dmi
 from agent.contract.errors import ConfigInvalid
 from agent.contract.identity import GenerationId
 from agent.contract.messages import from_document
-from agent.system.clock import wall_ns
+from agent.system.clock import monotonic_s, wall_ns
 from mgmt.drill import evidence
 from mgmt.drill.course import Course
 from mgmt.drill.evidence import Evidence
@@ -31,6 +31,7 @@ from mgmt.drill.vm.images import copy_generation, copy_served
 from mgmt.drill.vm.machines import Machines
 from mgmt.drill.vm.plays import Hear, Playing, Task
 from mgmt.drill.wire import expected_bytes
+from mgmt.failover.account import Account
 from mgmt.report import LossStatement
 from mgmt.run import Prepared
 from mgmt.view import from_json
@@ -77,8 +78,9 @@ class Drill:
         death = self._interrupt(expected)
         self.course.killed_at, self.course.bytes_sent = death.bytes_sent / expected, death.bytes_sent
         self.stage.say(f"  nas1 was switched off after {death.bytes_sent / MIB:.1f} MiB on the wire")
-        with self.stage.step("nas2 notices; mgmt determines and orders; nas2 recovers and serves"):
+        with self.stage.step("landfall failover: fence, determination, recovery, address, exports"):
             self._play("recover")
+        self.course.failover = self._failed_over(monotonic_s() - death.at_s)
         statement = from_json((self.folder / "statement.json").read_text())
         self.course.statement, self.course.detect_s = statement, statement.seconds.detect
         keep(self.folder, statement)
@@ -128,6 +130,13 @@ class Drill:
                 raise
             transfer.finish()
         return death
+
+    def _failed_over(self, away_s: float) -> Account:
+        """Return what the failover cost; of the seconds since the power was cut, all that it did not work in are ``waited``."""
+        told = json.loads((self.folder / "served.json").read_text())
+        done = from_document({name: told[name] for name in Account.__dataclass_fields__}, Account)
+        seconds = replace(done.seconds, waited=0.0)
+        return replace(done, seconds=replace(seconds, waited=away_s - seconds.total))
 
     def _check(self, statement: LossStatement) -> None:
         options = self.options

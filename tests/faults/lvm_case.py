@@ -15,13 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from uuid import UUID
 
+import numpy as np
+
 from agent.contract import messages as m
 from agent.contract.errors import LandfallError
 from agent.contract.identity import FilesystemKind, GenerationId
 from mgmt.authority import Authority
+from mgmt.drill.checker.blocks import read_arrival
 from tests.faults.disks import Disk, generation_tag
-from tests.faults.rig import MIB, NodeProcess, Pair
+from tests.faults.rig import MIB, Keeping, NodeProcess, Pair
 
+BLOCK = 4096
 VOLUME_BYTES = 32 * MIB
 FILES = 48
 SLOWLY = 2 * MIB  # bytes in a second, so that pieces come in several groups
@@ -29,9 +33,10 @@ MARK = b"landfall: these bytes stand in the target's one big file, and nowhere e
 
 
 @dataclass
-class ThinCase:
+class LvmCase:
     """Two disks as they were before the transfer, and what stands in the generations."""
 
+    substrate: str
     disks: tuple[Disk, Disk]
     authority: Authority
     volume: UUID
@@ -47,7 +52,7 @@ class ThinCase:
             disk.detach()
             subprocess.run(["cp", "--reflink=always", disk.image.with_suffix(".origin"), disk.image], check=True)
             disk.attach()
-        return pair_on(self.disks, self.authority)
+        return pair_on(self.substrate, self.disks, self.authority)
 
     def send(self, pair: Pair, **options: object) -> m.Sent:
         """Send the differential between two running nodes."""
@@ -82,23 +87,38 @@ class ThinCase:
         return sent
 
 
-def pair_on(disks: tuple[Disk, Disk], authority: Authority) -> Pair:
+def landed_as_recorded(case: LvmCase, disk: Disk) -> int:
+    """Assert that every piece recorded as arrived stands on the landing volume, by plain reads; return how many those are."""
+    folder = disk.state / "state" / "transfers" / str(case.transfer)
+    if not (folder / "arrival").exists():
+        return 0
+    arrival = read_arrival(folder / "dmi", folder / "arrival")
+    if not arrival.arrived.any():
+        return 0
+    landed = np.frombuffer(disk.content(f"landfall/workspace/1/{case.volume}/{case.transfer}/landing"), np.uint8).reshape(-1, BLOCK)
+    wanted = np.frombuffer(case.target_bytes, np.uint8).reshape(-1, BLOCK)
+    for first, count in zip(arrival.first[arrival.arrived].tolist(), arrival.count[arrival.arrived].tolist(), strict=True):
+        assert np.array_equal(landed[first : first + count], wanted[first : first + count]), f"recorded, but not there: block {first}"
+    return int(arrival.arrived.sum())
+
+
+def pair_on(substrate: str, disks: tuple[Disk, Disk], authority: Authority) -> Pair:
     """Return the nodes on two attached disks."""
     one, two = (
-        NodeProcess(disk.state, name, volume_group=disk.group, environment={"LVM_SYSTEM_DIR": str(disk.settings)})
+        NodeProcess(disk.state, name, keeping=Keeping(substrate, disk.group), environment={"LVM_SYSTEM_DIR": str(disk.settings)})
         for disk, name in zip(disks, ("nas1", "nas2"), strict=True)
     )
     return Pair(one, two, authority)
 
 
-def prepare(folder: Path, authority: Authority) -> ThinCase:
-    """Return a case: a volume of small files and one big one, replicated once, then changed."""
+def prepare(substrate: str, folder: Path, authority: Authority) -> LvmCase:
+    """Return a case on a substrate: a volume of small files and one big one, replicated once, then changed."""
     tag = secrets.token_hex(3)
     one, two = (Disk(folder / f"{node}.img", f"lf-{tag}-{node}", f"lf-{tag}-{node}-vg", folder / node) for node in ("nas1", "nas2"))
     disks = (one, two)
     for disk in disks:
         disk.make()
-    pair = pair_on(disks, authority)
+    pair = pair_on(substrate, disks, authority)
     try:
         pair.nas1.start()
         pair.nas2.start()
@@ -126,10 +146,10 @@ def prepare(folder: Path, authority: Authority) -> ThinCase:
     for disk in disks:
         disk.detach()
         subprocess.run(["cp", "--reflink=always", disk.image, disk.image.with_suffix(".origin")], check=True)
-    return ThinCase(disks, authority, volume, transfer, base, target, digests, content)
+    return LvmCase(substrate, disks, authority, volume, transfer, base, target, digests, content)
 
 
-def end(pair: Pair | None, case: ThinCase) -> None:
+def end(pair: Pair | None, case: LvmCase) -> None:
     """End the nodes and take their disks down; I8: nothing of device-mapper's stays."""
     if pair is not None:
         for node in (pair.nas1, pair.nas2):

@@ -13,8 +13,8 @@ from agent.contract import messages as m
 from agent.contract.errors import LandfallError
 from agent.contract.identity import GenerationId
 from tests.faults.disks import command, create, dmsetup, remove
+from tests.faults.lvm_case import SLOWLY, LvmCase
 from tests.faults.rig import Pair
-from tests.faults.thin import SLOWLY, ThinCase
 
 pytestmark = pytest.mark.device_mapper
 
@@ -28,12 +28,12 @@ wait $child
 """
 
 
-def generations(pair: Pair, case: ThinCase) -> list[GenerationId]:
+def generations(pair: Pair, case: LvmCase) -> list[GenerationId]:
     volumes: m.Volumes = pair.nas1.ask(m.ListVolumes())
     return [facts.id for facts in volumes.volumes[0].generations]
 
 
-def test_A10_a_source_that_dies_after_the_ack_goes_on_from_the_target_and_lets_go_of_the_base(thin_case: ThinCase, thin_pair: Pair) -> None:
+def test_A10_a_source_that_dies_after_the_ack_goes_on_from_the_target_and_lets_go_of_the_base(thin_case: LvmCase, thin_pair: Pair) -> None:
     pair = thin_pair
     pair.nas2.start()
     pair.nas1.start_armed("src.before_release=kill")
@@ -49,7 +49,7 @@ def test_A10_a_source_that_dies_after_the_ack_goes_on_from_the_target_and_lets_g
     assert thin_case.disks[0].digest(thin_case.target) == thin_case.digests[thin_case.target]
 
 
-def test_A12_E17_after_a_reboot_under_other_device_names_the_transfer_goes_on(thin_case: ThinCase, thin_pair: Pair, tmp_path: Path) -> None:
+def test_A12_E17_after_a_reboot_under_other_device_names_the_transfer_goes_on(thin_case: LvmCase, thin_pair: Pair, tmp_path: Path) -> None:
     pair, disk = thin_pair, thin_case.disks[0]
     pair.nas2.start()
     pair.nas1.start_armed("src.before_batch=kill:4")
@@ -77,7 +77,7 @@ def test_A12_E17_after_a_reboot_under_other_device_names_the_transfer_goes_on(th
 
 
 @pytest.mark.timeout(600)
-def test_K8_A11_a_killed_lvcreate_holds_no_lock_and_leaves_nothing(thin_case: ThinCase, thin_pair: Pair, tmp_path: Path) -> None:
+def test_K8_A11_a_killed_lvcreate_holds_no_lock_and_leaves_nothing(thin_case: LvmCase, thin_pair: Pair, tmp_path: Path) -> None:
     """Killed at different moments, also while it has the pool suspended: the next generation is taken, and none is half there."""
     pair, disk = thin_pair, thin_case.disks[0]
     delay, wrapper = tmp_path / "delay", tmp_path / "bin" / "lvcreate"
