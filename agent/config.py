@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import tomllib
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Final
 
-from agent.contract.errors import ConfigInvalid, NameRefused
+from agent.contract.errors import ConfigInvalid, NameRefused, RequestRefused
 from agent.contract.identity import plain_name
+from agent.serving import nfs
 
 LEAST_MARGIN_S: Final = 10.0
 """A node begins to give a volume up so long before its lease ends; the steps have half of that, and 5 s are left."""
@@ -30,6 +31,9 @@ class Config:
     freeze_limit_s: float = 10.0
     smb_port: int = 445
     smb_guest: bool = False
+    nfs_clients: tuple[str, ...] = ()
+    nfs_security: tuple[nfs.Security, ...] = (nfs.Security.SYS,)
+    nfs_squash: nfs.Squash = nfs.Squash.ROOT
     lab: bool = False
     substrate: str = "reflink"
     volume_group: str = ""
@@ -72,13 +76,34 @@ def read_config(path: Path) -> Config:
         raise ConfigInvalid(f"{path}: snapshot_percent is {config.snapshot_percent:g}, it must be more than 0 and at most 100")
     if config.lease_margin_s < (0.5 if config.lab else LEAST_MARGIN_S):
         raise ConfigInvalid(f"{path}: lease_margin_s is {config.lease_margin_s:g}, it must be {LEAST_MARGIN_S:g} or more")
-    return config
+    return _with_nfs(path, config)
+
+
+def _with_nfs(path: Path, config: Config) -> Config:
+    """Return the configuration with what it says of NFS as the agent works with it."""
+    try:
+        clients = tuple(dict.fromkeys(nfs.client(text) for text in config.nfs_clients))
+    except RequestRefused as error:
+        raise ConfigInvalid(f"{path}: nfs_clients: {error.message}", cause=error.cause, fix=error.fix_now) from error
+    if not config.nfs_security or not set(config.nfs_security) <= set(nfs.Security):
+        raise ConfigInvalid(f"{path}: nfs_security is {list(config.nfs_security)}, it must be some of {', '.join(nfs.Security)}")
+    if config.nfs_squash not in set(nfs.Squash):
+        raise ConfigInvalid(f"{path}: nfs_squash is {config.nfs_squash}, it must be one of {', '.join(nfs.Squash)}")
+    if clients and (problem := nfs.folder_problem(config.mount_dir)):
+        raise ConfigInvalid(f"{path}: mount_dir: {problem}")
+    security = tuple(nfs.Security(text) for text in dict.fromkeys(config.nfs_security))
+    return replace(config, nfs_clients=clients, nfs_security=security, nfs_squash=nfs.Squash(config.nfs_squash))
 
 
 def _typed(path: Path, key: str, value: Any, kind: str) -> Any:
-    allowed: dict[str, tuple[type, ...]] = {"str": (str,), "Path": (str,), "float": (int, float), "int": (int,), "bool": (bool,)}
-    if type(value) not in allowed[kind]:
-        raise ConfigInvalid(f"{path}: {key} is {type(value).__name__}, it must be {allowed[kind][0].__name__}")
+    scalars: dict[str, tuple[type, ...]] = {"float": (int, float), "int": (int,), "bool": (bool,)}
+    allowed = (list,) if kind.startswith("tuple") else scalars.get(kind, (str,))
+    if type(value) not in allowed:
+        raise ConfigInvalid(f"{path}: {key} is {type(value).__name__}, it must be {allowed[0].__name__}")
+    if kind.startswith("tuple"):
+        if not all(type(one) is str for one in value):
+            raise ConfigInvalid(f"{path}: {key} must hold strings alone")
+        return tuple(value)
     if kind == "Path":
         if not value.startswith("/"):
             raise ConfigInvalid(f"{path}: {key} must be an absolute path")

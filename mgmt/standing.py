@@ -35,7 +35,7 @@ def sheets(standing: Standing) -> list[Sheet]:
                 facts.state.value,
                 f"{newest.id.name} ({newest.kind})" if newest else "-",
                 moment(newest.taken_ns) if newest else "-",
-                f"serves {facts.mount_point}" if facts.serving else "",
+                f"serves {facts.mount_point} by {' and '.join(facts.exports) or 'no protocol'}" if facts.serving else "",
             )
         )
     sheets = [

@@ -28,7 +28,7 @@ done
 lab_packages=(samba smbclient systemd openssh-server openssh-client xfsprogs btrfs-progs e2fsprogs attr acl nftables iproute2
     util-linux mount)
 bench_packages=(fio qemu-utils libnbd-bin nbdkit rsync)
-guest_packages=(user-mode-linux lvm2 thin-provisioning-tools kmod iproute2)
+guest_packages=(user-mode-linux lvm2 thin-provisioning-tools kmod iproute2 nfs-kernel-server nfs-common)
 vm_packages=(vagrant vagrant-libvirt libvirt-daemon libvirt-daemon-system libvirt-clients qemu-system-x86 qemu-utils dnsmasq-base
     iptables mmdebstrap debian-archive-keyring busybox-static cpio grub-common grub-pc-bin fdisk kmod openssh-client smbclient zstd)
 venv=build/venv
@@ -65,6 +65,7 @@ install_packages() {
             case "$package" in
                 samba) units+=(smbd.service nmbd.service samba-ad-dc.service) ;;
                 openssh-server) units+=(ssh.service ssh.socket) ;;
+                nfs-kernel-server) units+=(nfs-server.service rpcbind.service rpcbind.socket) ;;
                 nbdkit | nftables) ;;
             esac
         done

@@ -24,9 +24,9 @@ settings.load_profile("landfall")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out what this kernel has no device-mapper for; skips, where the run is not root's, what makes devices and mounts."""
-    if not DEVICE_MAPPER.exists():
-        left = [item for item in items if item.get_closest_marker("device_mapper")]
+    """Leaves out what takes a guest; skips, where the run is not root's, what makes devices and mounts."""
+    missing = {marker for marker, there in {"device_mapper": DEVICE_MAPPER.exists(), "nfs_server": IN_GUEST}.items() if not there}
+    if left := [item for item in items if missing & {mark.name for mark in item.iter_markers()}]:
         config.stash[DESELECTED] = len(left)
         config.hook.pytest_deselected(items=left)
         items[:] = [item for item in items if item not in set(left)]
@@ -40,7 +40,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """Says in one line what was left out, and where it runs."""
     if left := config.stash.get(DESELECTED, 0):
-        terminalreporter.write_line(f"{left} tests need device-mapper, which this kernel has not: `make vm-test` runs them in a guest")
+        what = "device-mapper, which this kernel has not, or the kernel's NFS server for themselves"
+        terminalreporter.write_line(f"{left} tests need {what}: `make vm-test` runs them in a guest")
 
 
 @pytest.hookimpl(wrapper=True)

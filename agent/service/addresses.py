@@ -33,7 +33,8 @@ log = logging.getLogger("landfall.agent")
 def take(node: Node, arguments: m.TakeAddress, progress: ProgressCall) -> m.Done:
     """Have a volume's address and tell everybody; AddressTaken if another node answers for it, NotPrimary on a secondary.
 
-    Order: recorded, added, announced, smbd. If we die after it is recorded, asking again goes on; dropping it works in any state.
+    Order: recorded, NFS clients let wait, added, announced, smbd. If we die after it is recorded, asking again goes on; dropping it works
+    in any state.
     """
     wanted = addresses.parse(arguments.address)
     with node.address_lock:
@@ -49,9 +50,10 @@ def take(node: Node, arguments: m.TakeAddress, progress: ProgressCall) -> m.Done
             node.machine.addresses.refuse_taken(link, wanted)
         node.tenures.have_address(record.id, record.name, record.epoch, str(wanted))
         failpoint("address.recorded")
+        node.exports.prepare(node.share(record), record.id)
         node.machine.addresses.add(link, wanted)
         failpoint("address.after_take")
-        node.samba.follow()
+        node.exports.follow()
     _announce(node, link, wanted, Claim(record.id, record.epoch))
     return m.Done()
 
@@ -65,6 +67,8 @@ def drop(node: Node, arguments: m.DropAddress, progress: ProgressCall) -> m.Done
         if str(wanted.ip) == node.config.replication_address:
             raise RequestRefused(f"{wanted.ip} is the replication address of node {node.config.node}")
         node.drop_address(record, wanted)
+        if not node.serving(record):
+            node.exports.close(node.share(record))  # prepared with the address, and never opened
     return m.Done()
 
 

@@ -7,14 +7,21 @@ import os
 from agent.contract import messages as m
 from agent.service.node import Node, ProgressCall
 from agent.serving import path
+from agent.serving.exports import Exporter, Share
 from agent.system.clock import wall_ns
 
 
 def health(node: Node, arguments: m.AskHealth, progress: ProgressCall) -> m.Health:
     """Return what a preflight must know of this node."""
-    served = tuple(record.name for record in node.substrate.volumes() if node.serving(record))
+    shares = tuple(node.share(record) for record in node.substrate.volumes() if node.serving(record))
     state = os.statvfs(node.config.state_dir)
-    return m.Health(wall_ns(), node.substrate.free_bytes(), state.f_bavail * state.f_frsize, served, not served or node.samba.answers())
+    exports = tuple(_export_health(exporter, shares) for exporter in node.exports.by if exporter.wanted)
+    return m.Health(wall_ns(), node.substrate.free_bytes(), state.f_bavail * state.f_frsize, tuple(share.name for share in shares), exports)
+
+
+def _export_health(exporter: Exporter, shares: tuple[Share, ...]) -> m.ExportHealth:
+    problem = exporter.problem(shares)
+    return m.ExportHealth(exporter.protocol, problem.message if problem else "", problem.fix_now if problem else "")
 
 
 def open_path(node: Node, arguments: m.OpenPath, progress: ProgressCall) -> m.Listening:

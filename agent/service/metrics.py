@@ -37,10 +37,19 @@ class Exposition(Collector):
         about.add_metric([], {"node": facts.node, "release": facts.release, "substrate": ",".join(facts.substrates)})
         free = GaugeMetricFamily("landfall_differential_free_bytes", "Room in the differential volume.", value=node.substrate.free_bytes())
         serving = GaugeMetricFamily("landfall_agent_serving", "Whether this node serves the volume.", labels=["volume"])
+        exported = GaugeMetricFamily(
+            "landfall_agent_exported",
+            "Whether clients reach the volume by a protocol that the node is configured for.",
+            labels=["volume", "protocol"],
+        )
         epoch = GaugeMetricFamily("landfall_agent_epoch", "The volume's epoch here.", labels=["volume"])
         generations = GaugeMetricFamily("landfall_agent_generations", "Generations of the volume held here.", labels=["volume"])
         for record in node.substrate.volumes():
             serving.add_metric([record.name], node.serving(record))
+            by = node.exports.protocols(node.share(record)) if node.serving(record) else ()
+            for exporter in node.exports.by:
+                if exporter.wanted:
+                    exported.add_metric([record.name, exporter.protocol], exporter.protocol in by)
             epoch.add_metric([record.name], record.epoch)
             generations.add_metric([record.name], len(node.substrate.generations(record.id)))
         transfers = GaugeMetricFamily("landfall_agent_transfers", "Transfers of this node, by state.", labels=["state"])
@@ -50,7 +59,7 @@ class Exposition(Collector):
         unread = GaugeMetricFamily(
             "landfall_agent_notifications", "Notifications that the management node has not fetched.", value=len(node.outbox.read(0, 0.0))
         )
-        yield from (about, free, serving, epoch, generations, transfers, unread)
+        yield from (about, free, serving, exported, epoch, generations, transfers, unread)
 
 
 class TextFile:

@@ -21,8 +21,10 @@ from agent.service.term import Term
 from agent.serving import address as addresses
 from agent.serving import keeper
 from agent.serving.address import Interface
+from agent.serving.exports import Exports, Share
 from agent.serving.keeper import KeeperOrder
 from agent.serving.machine import Machine
+from agent.serving.nfs import Nfs
 from agent.serving.tenure import Tenures
 from agent.system.failpoint import failpoint
 from agent.system.neighbour import Link
@@ -71,9 +73,18 @@ class Node:
         self.outbox = Outbox(config.state_dir / "outbox")
         self.tenures = Tenures(config.run_dir / "tenure")
         folder, address, guest = config.run_dir / "samba", config.replication_address, config.smb_guest or config.lab
-        self.samba = self.machine.exports(folder, address, config.smb_port, guest, self._service_addresses)
+        nfs = Nfs(config.run_dir / "nfs", config.nfs_clients, config.nfs_security, config.nfs_squash)
+        self.exports = Exports((self.machine.smb(folder, address, config.smb_port, guest, self._service_addresses), nfs))
         self.keeper = KeeperOrder(
-            str(config.run_dir / "tenure"), str(config.mount_dir), str(folder), address, config.smb_port, guest, config.lease_margin_s
+            str(config.run_dir / "tenure"),
+            str(config.mount_dir),
+            str(folder),
+            address,
+            config.smb_port,
+            guest,
+            str(nfs.folder),
+            nfs.clients,
+            config.lease_margin_s,
         )
         self.keep = keep
         self.address_lock = self.machine.threads.lock()
@@ -110,6 +121,10 @@ class Node:
     def mount_point(self, record: VolumeRecord) -> Path:
         """Return where a volume is mounted while this node serves it."""
         return self.config.mount_dir / record.name
+
+    def share(self, record: VolumeRecord) -> Share:
+        """Return what clients see of a volume."""
+        return Share(record.name, self.mount_point(record))
 
     def serving(self, record: VolumeRecord) -> bool:
         """Whether this node has the volume mounted for clients."""

@@ -1,8 +1,9 @@
 """Who serves a volume: promote, serve, unserve, demote.
 
-Order to begin: role, mount, address, export; to end: export, address, mount, role. So nothing is reachable that is not mounted, and nothing
-is mounted for clients on a node whose record does not say primary. Each step is durable or undone by a reboot before the next begins;
-asked again after a death, a verb goes on from what is true.
+Order to begin: role, mount, address, export; to end: clients' connections, address, export, mount, role (agent.serving.exports says why an
+export outlives the address). So nothing is reachable that is not mounted, and nothing is mounted for clients on a node whose record does
+not say primary. Each step is durable or undone by a reboot before the next begins; asked again after a death, a verb goes on from what is
+true.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from agent.contract.identity import GenerationId, GenerationKind, next_generatio
 from agent.service.generations import settle
 from agent.service.node import Node, ProgressCall
 from agent.service.transfers import give_up, records_of
-from agent.serving.samba import Share
 from agent.serving.tenure import Tenure, is_over, remaining_s
 from agent.system.clock import boottime_ns, wall_ns
 from agent.system.failpoint import failpoint
@@ -67,7 +67,7 @@ def serve(node: Node, arguments: m.ServeVolume, progress: ProgressCall) -> m.Vol
 
 
 def unserve(node: Node, arguments: m.StopServing, progress: ProgressCall) -> m.VolumeFacts:
-    """End exports, then unmount, or with ``quiesce`` remount read-only; DeviceBusy if a local process holds a file open."""
+    """End exports and the address, then unmount, or with ``quiesce`` remount read-only; DeviceBusy if a local process holds a file open."""
     record = node.record(arguments.volume)
     with node.job(record.id, "volume.unserve"):
         stop_serving(node, record, quiesce=arguments.quiesce)
@@ -129,6 +129,7 @@ def facts_of(node: Node, record: VolumeRecord) -> m.VolumeFacts:
         lease_s=remaining_s(tenure, boottime_ns()) if in_force else None,
         address=tenure.address if in_force else "",
         confirmed=in_force and tenure.served and _is_primary_at(record, tenure.epoch),
+        exports=node.exports.protocols(node.share(record)) if serving else (),
         sector_bytes=record.sector_bytes,
         rests=tenure.rests_after is not None,
     )
@@ -164,21 +165,23 @@ def start_serving(node: Node, record: VolumeRecord, lease_until_ns: int | None =
     failpoint("serve.after_mount")
     failpoint("serve.before_export")
     _refuse_over(node, tenure)
-    node.samba.export(Share(record.name, mount_point))
+    node.exports.open(node.share(record), record.id)
     failpoint("serve.after_export")
     if node.tenures.ended(tenure) is not None:
-        node.samba.withdraw(record.name)
+        node.exports.dismiss(node.share(record))
+        node.exports.close(node.share(record))
         _refuse_over(node, tenure)
     node.tenures.serve(tenure)
 
 
 def stop_serving(node: Node, record: VolumeRecord, *, quiesce: bool = False) -> None:
-    """End exports, give up the address, then unmount, or remount read-only."""
+    """End clients' connections, give up the address, end exports, then unmount, or remount read-only."""
     failpoint("unserve.before_export")
-    node.samba.withdraw(record.name)
+    node.exports.dismiss(node.share(record))
     failpoint("unserve.after_export")
     with node.address_lock:
         node.drop_address(record)
+    node.exports.close(node.share(record))
     failpoint("unserve.before_mount")
     if node.serving(record):
         if quiesce:

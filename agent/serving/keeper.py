@@ -25,7 +25,9 @@ from uuid import UUID
 from agent.contract.errors import DeviceBusy, LandfallError
 from agent.contract.messages import from_document, to_document
 from agent.serving import address as addresses
+from agent.serving.exports import Share
 from agent.serving.machine import Machine
+from agent.serving.nfs import Nfs
 from agent.serving.tenure import Tenure, Tenures, is_over
 from agent.system import clock
 from agent.system.files import held_elsewhere, lock_for_life, locked
@@ -49,6 +51,8 @@ class KeeperOrder:
     samba_address: str
     samba_port: int
     samba_guest: bool
+    nfs: str
+    nfs_clients: tuple[str, ...]
     margin_s: float
 
     @property
@@ -134,7 +138,7 @@ def _give_up(order: KeeperOrder, machine: Machine, tenures: Tenures, volume: UUI
 def _end(order: KeeperOrder, machine: Machine, tenures: Tenures, tenure: Tenure) -> str:
     """Return in words what was done."""
     done: list[str] = []
-    samba = machine.exports(
+    samba = machine.smb(
         Path(order.samba), order.samba_address, order.samba_port, order.samba_guest, lambda: _addresses_without(tenures, tenure.address)
     )
     others = tuple(share for share in samba.shares() if share.name != tenure.name)
@@ -145,8 +149,11 @@ def _end(order: KeeperOrder, machine: Machine, tenures: Tenures, tenure: Tenure)
         with _going_on(done, "the address could not be given up"):
             machine.addresses.remove(addresses.parse(tenure.address))
             done.append("address given up")
+    with _going_on(done, "the NFS export could not be ended"):  # only now that nobody can ask whether it is there
+        nfs = Nfs(Path(order.nfs), order.nfs_clients)
+        nfs.close(Share(tenure.name, Path(order.mounts) / tenure.name), limit_s=order.margin_s / 8)
     with _going_on(done, "the volume could not be made unwritable"):
-        done.append(machine.make_unwritable(Path(order.mounts) / tenure.name, limit_s=order.margin_s / 4))
+        done.append(machine.make_unwritable(Path(order.mounts) / tenure.name, limit_s=order.margin_s / 5))
     if others:
         with _going_on(done, "the other shares could not be exported again"):
             samba.export_all(others)

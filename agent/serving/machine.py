@@ -10,7 +10,8 @@ from typing import Protocol
 from agent.contract.identity import FilesystemKind
 from agent.serving import address
 from agent.serving.address import Claim, Interface
-from agent.serving.samba import Samba, Share
+from agent.serving.exports import Exporter, Share
+from agent.serving.samba import Samba
 from agent.serving.unwritable import make_unwritable
 from agent.system.neighbour import Link
 from agent.system.threads import Threads
@@ -41,20 +42,16 @@ class Addresses(Protocol):
     def announce(self, link: Link, address: Interface, claim: Claim) -> None: ...
 
 
-class Exports(Protocol):
-    """What clients are served, as agent.serving.samba has it."""
+class Smb(Exporter, Protocol):
+    """The server of SMB, as agent.serving.samba has it."""
 
     def shares(self) -> tuple[Share, ...]: ...
-    def export(self, share: Share) -> None: ...
     def export_all(self, shares: tuple[Share, ...]) -> None: ...
-    def withdraw(self, name: str) -> None: ...
-    def follow(self) -> None: ...
     def stop(self, *, limit_s: float = ...) -> None: ...
-    def answers(self) -> bool: ...
 
 
-ExportsOf = Callable[[Path, str, int, bool, Callable[[], tuple[str, ...]]], Exports]
-"""The exports whose files are in a folder: of an address, a port, for guests or not, and at service addresses besides."""
+SmbOf = Callable[[Path, str, int, bool, Callable[[], tuple[str, ...]]], Smb]
+"""The server whose files are in a folder: of an address, a port, for guests or not, and at service addresses besides."""
 
 
 class Unwritable(Protocol):
@@ -69,6 +66,6 @@ class Machine:
 
     mounts: Mounts = filesystem
     addresses: Addresses = address
-    exports: ExportsOf = Samba
+    smb: SmbOf = Samba
     make_unwritable: Unwritable = make_unwritable
     threads: Threads = field(default_factory=Threads)

@@ -13,22 +13,16 @@ import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from uuid import UUID
 
-from agent.contract.errors import CommandFailed
+from agent.contract.errors import CommandFailed, LandfallError
+from agent.serving.exports import Share
 from agent.system.clock import wait_until
 from agent.system.files import write_durably
 from agent.system.run import run
 
 START_LIMIT_S = 20.0
 _CONNECT_LIMIT_S = 5.0
-
-
-@dataclass(frozen=True, slots=True)
-class Share:
-    """One exported folder."""
-
-    name: str
-    path: Path
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +42,22 @@ class Samba:
         found = re.findall(r"^\[([^\]]+)\]\n  path = (.*)$", self._config.read_text(), re.MULTILINE)
         return tuple(Share(name, Path(path)) for name, path in found)
 
-    def export(self, share: Share) -> None:
+    @property
+    def protocol(self) -> str:
+        """SMB."""
+        return "SMB"
+
+    @property
+    def wanted(self) -> bool:
+        """Whether there is a port."""
+        return bool(self.port)
+
+    def prepare(self, share: Share, volume: UUID) -> None:
+        """Nothing: a client of SMB that is refused tries again."""
+
+    def open(self, share: Share, volume: UUID) -> None:
         """Serve ``share``; on return smbd accepts connections. Without a port nothing is exported."""
-        if not self.port:
+        if not self.wanted:
             return
         others = tuple(other for other in self.shares() if other.name != share.name)
         self._apply((*others, share))
@@ -59,15 +66,18 @@ class Samba:
         """Serve exactly these."""
         self._apply(shares)
 
-    def withdraw(self, name: str) -> None:
+    def dismiss(self, share: Share) -> None:
         """End a share and its clients' connections to it; the last share ends smbd."""
-        left = tuple(share for share in self.shares() if share.name != name)
+        left = tuple(other for other in self.shares() if other.name != share.name)
         if self._pid() is not None:
-            run(["smbcontrol", f"--configfile={self._config}", "smbd", "close-share", name], ok=(0, 1))
+            run(["smbcontrol", f"--configfile={self._config}", "smbd", "close-share", share.name], ok=(0, 1))
         if left:
             self._apply(left)
         else:
             self.stop()
+
+    def close(self, share: Share) -> None:
+        """Nothing: with its connections an export of SMB has ended."""
 
     def follow(self) -> None:
         """Answer at the service addresses as they are now. smbd begins anew for that, and clients connect again."""
@@ -84,15 +94,16 @@ class Samba:
         _signal(pid, signal.SIGKILL)
         _wait(lambda: self._pid() is None, "smbd did not end", limit_s)
 
-    def answers(self) -> bool:
-        """Whether smbd runs and takes connections; without a port it is not asked to."""
-        if not self.port:
-            return True
-        try:
-            socket.create_connection((self.address, self.port), timeout=_CONNECT_LIMIT_S).close()
-        except OSError:
-            return False
-        return self._answers()
+    def is_open(self, share: Share) -> bool:
+        """Whether smbd runs, and has the share."""
+        return any(other.name == share.name for other in self.shares())
+
+    def problem(self, shares: tuple[Share, ...]) -> LandfallError | None:
+        """Return that smbd does not take connections though something is shared."""
+        if not shares or self._takes_connections():
+            return None
+        names = ", ".join(share.name for share in shares)
+        return CommandFailed(f"smbd does not answer for {names}", fix="Look at log.smbd in the agent's run folder; serve the volume again.")
 
     def _apply(self, shares: tuple[Share, ...]) -> None:
         for name in ("private", "lock", "state", "cache", "ncalrpc", "pid"):
@@ -143,6 +154,13 @@ class Samba:
     def _interfaces(self) -> str:
         """Return the line that says where the running smbd listens."""
         return next((f"{line}\n" for line in self._config.read_text().splitlines() if line.startswith("  interfaces = ")), "")
+
+    def _takes_connections(self) -> bool:
+        try:
+            socket.create_connection((self.address, self.port), timeout=_CONNECT_LIMIT_S).close()
+        except OSError:
+            return False
+        return self._answers()
 
     def _answers(self) -> bool:
         pid = self._pid()

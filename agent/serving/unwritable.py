@@ -5,10 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from agent.contract.errors import LandfallError
 from agent.system import block
-from agent.system.clock import wait_until
-from agent.system.run import start
+from agent.system.run import finishes
 from agent.volume import filesystem
 
 
@@ -20,10 +18,10 @@ def make_unwritable(mount_point: Path, *, limit_s: float) -> str:
     """
     if not filesystem.is_mounted(mount_point):
         return "not mounted"
-    if _ends_well(["umount", "-n", str(mount_point)], limit_s) or not filesystem.is_mounted(mount_point):
+    if finishes(["umount", "-n", str(mount_point)], limit_s) or not filesystem.is_mounted(mount_point):
         return "unmounted"
-    _ends_well(["sync", "--file-system", str(mount_point)], limit_s)
-    if _ends_well(["mount", "-n", "-o", "remount,ro", str(mount_point)], limit_s) and not filesystem.is_writable(mount_point):
+    finishes(["sync", "--file-system", str(mount_point)], limit_s)
+    if finishes(["mount", "-n", "-o", "remount,ro", str(mount_point)], limit_s) and not filesystem.is_writable(mount_point):
         return "in use, made read-only"
     mount_fd = os.open(mount_point, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -31,16 +29,3 @@ def make_unwritable(mount_point: Path, *, limit_s: float) -> str:
     finally:
         os.close(mount_fd)
     return "in use, shut down"
-
-
-def _ends_well(argv: list[str], limit_s: float) -> bool:
-    """Whether a program ended with status 0 in time. It is not waited for any longer: what hangs in the kernel cannot be killed."""
-    try:
-        child = start(argv)
-    except LandfallError:
-        return False
-    wait_until(lambda: child.poll() is not None, limit_s)
-    if child.returncode is None:
-        child.returncode = -1
-        return False
-    return child.returncode == 0

@@ -7,7 +7,8 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from agent.contract.errors import CommandFailed, ProgramMissing
+from agent.contract.errors import CommandFailed, LandfallError, ProgramMissing
+from agent.system.clock import wait_until
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +60,26 @@ def start(
         )
     except FileNotFoundError as error:
         raise ProgramMissing(f"{argv[0]} is not installed") from error
+
+
+def finishes(argv: Sequence[str], limit_s: float, *, stdin: bytes = b"") -> bool:
+    """Return whether a program ended with status 0 in time; its output is nobody's.
+
+    It is not waited for any longer: what hangs in the kernel cannot be killed, and is left behind.
+    """
+    given = os.memfd_create("stdin")
+    try:
+        os.write(given, stdin)
+        os.lseek(given, 0, os.SEEK_SET)
+        child = start(argv, stdin=given)
+    except LandfallError:
+        return False
+    finally:
+        os.close(given)
+    wait_until(lambda: child.poll() is not None, limit_s)
+    if child.returncode is None:
+        child.returncode = -1
+    return child.returncode == 0
 
 
 def _environment() -> dict[str, str]:

@@ -22,6 +22,7 @@ from mgmt.lab.loops import POOL_DEVICE, backed_by, wait_until_released
 SYSTEM_MOUNTS = ("/", "/usr", "/etc", "/var", "/opt", "/home", "/root", "/lib", "/bin", "/sbin")
 SYSTEM_TREES = ("/proc", "/sys", "/dev", "/etc")
 POOL_RELEASE_S = 20.0
+NFS_STATE = Path("/var/lib/nfs")
 
 
 def furnish(lab: Lab, node: NodeName, marker: Marker, held: ExitStack) -> None:
@@ -38,6 +39,8 @@ def furnish(lab: Lab, node: NodeName, marker: Marker, held: ExitStack) -> None:
     NODE_ROOT.mkdir(parents=True)
     run(["mount", "--bind", str(lab.node(node)), str(NODE_ROOT)])
     _empty_tmp(code)
+    if NFS_STATE.is_dir():
+        _cover(NFS_STATE, "mode=755,size=1m")
     if lab.directory.exists():
         _cover(lab.directory, "mode=700,size=4k,ro")
     _bind_over(NODE_ROOT / "etc" / "hosts", Path("/etc/hosts"))

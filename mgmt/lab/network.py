@@ -68,6 +68,14 @@ def forget_services(lab: Lab, node: NodeName) -> None:
         with_links(lab.namespace(node), forget)
 
 
+def end_nfs(lab: Lab, node: NodeName) -> None:
+    """End the kernel's NFS server of a node: its threads are none of the node's processes, and keep its volumes and its namespace."""
+    path = NAMESPACES / lab.namespace(node)
+    if "\tnfsd\n" in Path("/proc/filesystems").read_text() and os.path.ismount(path):
+        end = "mount -t nfsd nfsd /proc/fs/nfsd && echo 0 >/proc/fs/nfsd/threads"  # the one of the namespace we are in
+        run(["nsenter", f"--net={path}", "--", "unshare", "--mount", "--propagation=private", "--", "sh", "-c", end])
+
+
 def present(lab: Lab) -> bool:
     """Whether all of the lab's namespaces are there."""
     return all(os.path.ismount(NAMESPACES / name) for name in lab.namespaces)

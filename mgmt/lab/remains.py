@@ -53,6 +53,8 @@ def clear_node(lab: Lab, node: NodeName) -> bool:
 
 
 def _free_disks(lab: Lab, nodes: Sequence[NodeName]) -> None:
+    for node in nodes:
+        network.end_nfs(lab, node)
     groups.release(lab, nodes)
     loops.release([image for node in nodes for image in (lab.disk_image(node), lab.pool_image(node))])
 

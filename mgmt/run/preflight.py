@@ -139,11 +139,10 @@ def _of_node(name: str, node: _Node, entries: list[VolumeEntry]) -> Iterator[Fin
         name, "state folder", room < STATE_WARNING_BYTES // 8, room < STATE_WARNING_BYTES, f"{bytes_words(room)} free",
         "Make room on its filesystem: arrival records and management information lie there.",
     )  # fmt: skip
-    if node.health.serves:
-        said = f"{'answers' if node.health.exports else 'does not answer'} for {', '.join(node.health.serves)}"
-        yield _graded(
-            name, "SMB", not node.health.exports, False, said, "Look at log.smbd in the agent's run folder; serve the volume again."
-        )
+    for export in node.health.exports:
+        serves = ", ".join(node.health.serves)
+        if serves or export.problem:
+            yield _graded(name, export.protocol, bool(export.problem), False, export.problem or f"answers for {serves}", export.fix)
     for unreadable in node.held.unreadable:
         yield Finding(name, "records", CheckState.FAILED, f"{unreadable.where} cannot be read", "Replicate again; look at the node's disk.")
 

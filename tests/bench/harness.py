@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import platform
+import signal
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -115,8 +116,9 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def parsed(of: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse.Namespace:
-    """Return the options, and make the folder for the results."""
+    """Return the options, and make the folder for the results. SIGTERM ends the process as an error does from here on: it cleans up."""
     asked = of.parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     asked.folder.mkdir(parents=True, exist_ok=True)
     return asked
 

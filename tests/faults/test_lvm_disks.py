@@ -209,9 +209,9 @@ def test_E19_a_landing_volume_that_somebody_has_opened_is_not_written(group_case
     assert group_case.converge(pair).pieces_skipped == had
 
 
-def test_E24_a_disk_that_takes_seconds_is_no_death(group_case: LvmCase, group_pair: Pair) -> None:
+def test_E24_a_disk_that_takes_seconds_is_no_death(thin_case: LvmCase, thin_pair: Pair) -> None:
     """Only the next little that is written to the landing volume is slow: each of its writes takes longer than silence is borne."""
-    disk, pair = group_case.disks[1], group_pair
+    disk, pair = thin_case.disks[1], thin_pair
     pair.nas1.start()
     pair.nas2.start_armed("dst.after_prepare=stop")
 
@@ -220,10 +220,10 @@ def test_E24_a_disk_that_takes_seconds_is_no_death(group_case: LvmCase, group_pa
         disk.put(disk.with_parts(parts, "delay {disk} 0 {disk} 7000 {disk} 0"))
 
     begun = time.monotonic()
-    assert meanwhile(group_case, pair, pair.nas2, slow_down, silence_limit_s=5.0) is None
+    assert meanwhile(thin_case, pair, pair.nas2, slow_down, silence_limit_s=5.0) is None
     assert time.monotonic() - begun > 7.0, "the disk was not slow"
     disk.heal()
-    assert group_case.converge(pair).pieces_sent == 0
+    assert thin_case.converge(pair).pieces_sent == 0
 
 
 def test_E6_a_pool_that_runs_full_ends_the_transfer_and_the_base_stays(thin_case: LvmCase, thin_pair: Pair) -> None:

@@ -1,7 +1,7 @@
-"""Runs a command in a guest whose kernel has device-mapper, for machines whose own kernel has not.
+"""Runs a command in a guest whose kernel has device-mapper and an NFS server, for machines whose own kernel has not.
 
     python -m tests.guest run [--limit-s N] -- COMMAND ...
-    python -m tests.guest test [-- ARGUMENTS OF PYTEST]     every test that needs device-mapper, in guests side by side
+    python -m tests.guest test [-- ARGUMENTS OF PYTEST]     every test that needs that kernel, in guests side by side
 
 The guest is user-mode Linux, from Debian's package: a process of this machine, seconds to boot, its root filesystem this machine's
 own, mounted read-only. So the guest has the same programs, the same Python and the same repository, and nothing is built for it. It
@@ -26,13 +26,20 @@ from types import FrameType
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNEL = "linux.uml"
-PACKAGES = {KERNEL: "user-mode-linux", "lvm": "lvm2", "thin_delta": "thin-provisioning-tools", "modprobe": "kmod"}
+PACKAGES = {
+    KERNEL: "user-mode-linux",
+    "lvm": "lvm2",
+    "thin_delta": "thin-provisioning-tools",
+    "modprobe": "kmod",
+    "exportfs": "nfs-kernel-server",
+    "mount.nfs": "nfs-common",
+}
 NO_STATUS = 125
 CANNOT = 126
 DISK_BYTES = 12 << 30
 GROUPS = {"storage": ("tests/storage",), "lab": ("tests/lab", "tests/faults")}
 """What is tested side by side, each in a guest of its own."""
-MARKER = "device_mapper"
+MARKERS = ("device_mapper", "nfs_server")
 TEST_LIMIT_S = 3600.0
 NOTHING_SELECTED = 5  # pytest's status for it
 _SHARED_MEMORY = Path("/dev/shm")
@@ -47,14 +54,14 @@ def why_not() -> str:
 
 
 def test(arguments: list[str], memory_mib: int) -> int:
-    """Runs the tests that need device-mapper; returns pytest's status, the worst of all guests'."""
+    """Runs the tests that need the guest's kernel; returns pytest's status, the worst of all guests'."""
     python = str(ROOT / "build" / "venv" / "bin" / "python")
     # The guest can keep nothing that it compiles.
     subprocess.run([python, "-m", "compileall", "-q", "agent", "mgmt", "tests"], cwd=ROOT, check=True)
     statuses: dict[str, int] = {}
 
     def one(name: str) -> None:
-        words = ["-m", "pytest", "-m", MARKER, "-o", "cache_dir=/run/pytest", "-v", "--color=no", "--durations=12"]
+        words = ["-m", "pytest", "-m", " or ".join(MARKERS), "-o", "cache_dir=/run/pytest", "-v", "--color=no", "--durations=12"]
         statuses[name] = run([python, *words, *_marked(GROUPS[name]), *arguments], TEST_LIMIT_S, memory_mib, f"{name:8}| ".encode())
 
     guests = [threading.Thread(target=one, args=(name,)) for name in GROUPS]
@@ -67,9 +74,9 @@ def test(arguments: list[str], memory_mib: int) -> int:
 
 
 def _marked(folders: tuple[str, ...]) -> list[str]:
-    """Returns the files with tests that need device-mapper: to collect the others takes a guest half a minute."""
+    """Returns the files with tests for the guest: to collect the others takes a guest half a minute."""
     files = (file for folder in folders for file in sorted((ROOT / folder).glob("test_*.py")))
-    return [str(file) for file in files if f"pytest.mark.{MARKER}" in file.read_text()]
+    return [str(file) for file in files if any(f"pytest.mark.{marker}" in file.read_text() for marker in MARKERS)]
 
 
 def run(command: list[str], limit_s: float, memory_mib: int, prefix: bytes = b"") -> int:

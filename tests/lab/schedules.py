@@ -39,9 +39,11 @@ from tests.simulation.schedule import FAULTS_S, NAS, Act, Happening, Schedule, s
 MGMT: Final = NodeName.MGMT
 SCALE: Final = 0.2
 LOOK_EVERY_S: Final = 0.1
-REST_S: Final = 120.0
+REST_S: Final = 240.0
 """A loaded machine takes its time; when all is well, a few seconds are enough."""
-POLICY: Final = "cycle_s = 0.5\nsilence_limit_s = 2.0\nconnect_limit_s = 3.0\nprobe_limit_s = 1.0\nlease_s = 8.0\n"
+POLICY: Final = "cycle_s = 0.5\nsilence_limit_s = 2.0\nconnect_limit_s = 6.0\nprobe_limit_s = 1.0\nlease_s = 8.0\n"
+PATIENT: Final = "connect_limit_s = 60.0\n"
+"""While nothing is to go wrong yet, a slow machine may be slow."""
 SAMBA: Final = "run/landfall/samba"
 
 COMMANDS: Final = {
@@ -162,6 +164,9 @@ class Stage:
         for node in NAS:
             with contextlib.suppress(LandfallError):
                 self._at_site(lambda site, node=node: run.unserve(site, self.name, node=node))  # type: ignore[misc]
+        for node in map(NodeName, NAS):  # what was armed and not passed goes with the process
+            self._ignore(control.stop_service, self.lab, node, "agent")
+            self._ignore(control.start_service, self.lab, node, "agent", {})
 
     # --- the volume ---
 
@@ -169,7 +174,8 @@ class Stage:
         """A volume of its own, replicated; a catalog of its own."""
         fence = self.configuration.replace('fence = "lab"', 'fence = "lease"') if self.schedule.fence == "lease" else self.configuration
         automatic = f"automatic_failover = {str(self.schedule.automatic).lower()}\n"
-        (self.lab.node(MGMT) / "etc" / "landfall.toml").write_text(POLICY + automatic + fence)
+        path = self.lab.node(MGMT) / "etc" / "landfall.toml"
+        path.write_text(PATIENT + fence)
         shutil.rmtree(self.lab.node(MGMT) / "state", ignore_errors=True)
         address = f"10.77.0.{100 + self.schedule.seed % 90}/24"
 
@@ -181,6 +187,7 @@ class Stage:
             return facts.id
 
         self._volume = self._at_site(add)
+        path.write_text(POLICY + automatic + fence)
         for happening in self.schedule.happenings:
             if happening.act is Act.DIE_AT:
                 self._armed.setdefault(happening.node, []).append(f"{happening.detail}=kill")

@@ -26,8 +26,8 @@ from tests.simulation import data_path
 from tests.simulation.machine import Host, Nas
 from tests.simulation.world import KilledError, Process, World, current, pause
 
-KEEPER_EVERY_S: Final = 1.0
-LEASES_EVERY_S: Final = 3.0
+KEEPER_EVERY_S: Final = 2.0
+LEASES_EVERY_S: Final = 5.0
 """Less often than they do it: the margin of a lease has room for that, and a run of a thousand has none for more."""
 
 Answer = Callable[[Any], None]

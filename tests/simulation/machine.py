@@ -13,11 +13,11 @@ from uuid import UUID
 import numpy as np
 
 from agent.contract import messages as m
-from agent.contract.errors import AddressTaken, DeviceBusy
+from agent.contract.errors import AddressTaken, DeviceBusy, LandfallError
 from agent.contract.identity import FilesystemKind, GenerationId
 from agent.serving.address import Claim, Interface
+from agent.serving.exports import Share
 from agent.serving.machine import Machine as Kernel
-from agent.serving.samba import Share
 from agent.system.neighbour import Heard, Link
 from agent.volume.substrate import ChangedRuns, Foreign, Take, VolumeRecord, Workspace
 from tests.simulation.world import KilledError, Process, S, SimThreads, World, current, pause
@@ -252,7 +252,7 @@ class Nas(Host):
         self.kernel = Kernel(
             mounts=_Mounts(self),
             addresses=_Addresses(self),
-            exports=lambda folder, address, port, guest, more: _Exports(self),
+            smb=lambda folder, address, port, guest, more: _Smb(self),
             make_unwritable=self._make_unwritable,
             threads=SimThreads(world),
         )
@@ -321,14 +321,19 @@ class _Mounts:
 
 
 @dataclass(frozen=True, slots=True)
-class _Exports:
+class _Smb:
     nas: Nas
+    protocol: str = "SMB"
+    wanted: bool = True
 
     def shares(self) -> tuple[Share, ...]:
         _alive()
         return tuple(Share(name, path) for name, path in self.nas.shared.items())
 
-    def export(self, share: Share) -> None:
+    def prepare(self, share: Share, volume: UUID) -> None:
+        _alive()
+
+    def open(self, share: Share, volume: UUID) -> None:
         _takes(self.nas.world, 0.05, 0.4)
         self.nas.changes(lambda: self.nas.shared.update({share.name: share.path}))
 
@@ -336,9 +341,12 @@ class _Exports:
         _takes(self.nas.world, 0.05, 0.4)
         self.nas.changes(lambda: setattr(self.nas, "shared", {share.name: share.path for share in shares}))
 
-    def withdraw(self, name: str) -> None:
+    def dismiss(self, share: Share) -> None:
         _takes(self.nas.world, 0.01, 0.2)
-        self.nas.changes(lambda: self.nas.shared.pop(name, None))
+        self.nas.changes(lambda: self.nas.shared.pop(share.name, None))
+
+    def close(self, share: Share) -> None:
+        _alive()
 
     def follow(self) -> None:
         _takes(self.nas.world, 0.01, 0.3)
@@ -347,8 +355,11 @@ class _Exports:
         _takes(self.nas.world, 0.01, min(0.2, limit_s))
         self.nas.changes(self.nas.shared.clear)
 
-    def answers(self) -> bool:
-        return True
+    def is_open(self, share: Share) -> bool:
+        return share.name in self.nas.shared
+
+    def problem(self, shares: tuple[Share, ...]) -> LandfallError | None:
+        return None
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,9 @@ import pytest
 from agent.contract import messages as m
 from agent.contract.errors import LinkLost
 from agent.service import metrics as agent_metrics
+from agent.serving.exports import Exports, Share
+from agent.serving.nfs import Nfs
+from agent.serving.samba import Samba
 from agent.system.clock import wait_until
 from mgmt import metrics, proofs, run
 from mgmt.run import replication
@@ -112,6 +115,8 @@ def test_a_nas_node_writes_a_file_that_prometheus_reads(tmp_path: Path) -> None:
         facts=lambda: m.NodeFacts("nas1", "1", 1, True, ("reflink",)),
         substrate=SimpleNamespace(free_bytes=lambda: 1 << 30, volumes=lambda: (record,), generations=lambda volume: (1, 2, 3)),
         serving=lambda known: True,
+        share=lambda known: Share(known.name, tmp_path),
+        exports=Exports((Samba(tmp_path, "192.0.2.11", 445, guest=False), Nfs(tmp_path / "nfs", ()))),
         store=SimpleNamespace(list=lambda: [1], load=lambda number: SimpleNamespace(state=m.TransferState.RUNNING)),
         outbox=SimpleNamespace(read=lambda after, wait_s: ()),
     )

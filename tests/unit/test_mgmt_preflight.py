@@ -23,7 +23,7 @@ def healthy(clock_s: float = 0.0, **changes: object) -> Answer:
     """Return the answer of a node whose clock is ahead by so much."""
 
     def answer(_: m.AskHealth) -> m.Health:
-        health = m.Health(wall_ns() + int(clock_s * 1e9), 100 << 30, 10 << 30, ("projects",), exports=True)
+        health = m.Health(wall_ns() + int(clock_s * 1e9), 100 << 30, 10 << 30, ("projects",), (m.ExportHealth("SMB"),))
         return dataclasses.replace(health, **changes)  # type: ignore[arg-type]
 
     return answer
@@ -63,7 +63,7 @@ def test_a_pair_in_order_has_nothing_but_the_missing_fence_to_say(pair: Pair) ->
 
 
 def test_what_is_amiss_on_a_node_is_said_of_that_node(pair: Pair) -> None:
-    pair.nas1.handlers[m.AskHealth] = healthy(clock_s=60.0, exports=False)
+    pair.nas1.handlers[m.AskHealth] = healthy(clock_s=60.0, exports=(m.ExportHealth("SMB", "smbd does not answer", "serve again"),))
     pair.nas2.handlers[m.AskHealth] = healthy(clock_s=-7200.0, pool_free_bytes=1 << 20, state_free_bytes=100 << 20)
     pair.nas1.handlers[m.TryPath] = lambda _: m.PathTried("", "", 0, 5.0, "no answer")
     pair.nas2.handlers[m.TryPath] = lambda _: m.PathTried("192.0.2.12", "eth1", 9000, 5.0, "")

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import cast
 from uuid import UUID, uuid4
 
 import pytest
@@ -17,6 +17,7 @@ from agent.contract.errors import CommandFailed, NameRefused, NoSuchGeneration, 
 from agent.contract.identity import FilesystemKind, GenerationKind, empty_generation
 from agent.service import serving, volumes
 from agent.service.node import Node
+from agent.serving.exports import Share
 from agent.serving.tenure import Tenures
 from agent.volume import filesystem
 from agent.volume.substrate import VolumeRecord
@@ -38,7 +39,12 @@ class World:
             operational=self.operational,
             generations=lambda volume: (m.GenerationFacts(empty_generation(volume), GenerationKind.EMPTY, 0),),
         )
-        samba = SimpleNamespace(export=self.export, withdraw=self.shared.discard)
+        exports = SimpleNamespace(
+            open=self.export,
+            dismiss=lambda share: self.shared.discard(share.name),
+            close=lambda _: None,
+            protocols=lambda share: ("SMB",) if share.name in self.shared else (),
+        )
         mounts = SimpleNamespace(
             mount=lambda _, mount_point, *__, **___: self.mounted.add(mount_point.name),
             unmount=lambda mount_point: self.mounted.discard(mount_point.name),
@@ -49,7 +55,7 @@ class World:
             SimpleNamespace(
                 config=SimpleNamespace(node="nas1", lease_margin_s=10.0),
                 substrate=substrate,
-                samba=samba,
+                exports=exports,
                 machine=SimpleNamespace(mounts=mounts),
                 job=self.job,
                 tenures=Tenures(folder / "tenure"),
@@ -59,6 +65,7 @@ class World:
                 record=lambda volume: self.records[volume],
                 serving=lambda record: record.name in self.mounted,
                 mount_point=lambda record: folder / record.name,
+                share=lambda record: Share(record.name, folder / record.name),
             ),
         )
 
@@ -70,7 +77,7 @@ class World:
     def operational(self, _: UUID) -> Iterator[Path]:
         yield Path("/dev/null")
 
-    def export(self, share: Any) -> None:
+    def export(self, share: Share, _: UUID) -> None:
         if self.broken:
             raise CommandFailed("smbd did not start")
         self.shared.add(share.name)

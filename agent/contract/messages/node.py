@@ -29,14 +29,23 @@ class AskHealth:
 
 
 @dataclass(frozen=True, slots=True)
+class ExportHealth:
+    """How the node exports by a protocol that it is configured for; ``problem`` is empty if all is well."""
+
+    protocol: str
+    problem: str = ""
+    fix: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Health:
-    """Answer to node.health. ``serves`` are the volumes mounted for clients, ``exports`` says whether SMB answers for them."""
+    """Answer to node.health. ``serves`` are the volumes mounted for clients."""
 
     wall_ns: int
     pool_free_bytes: int
     state_free_bytes: int
     serves: tuple[str, ...]
-    exports: bool
+    exports: tuple[ExportHealth, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,6 +43,7 @@ class VolumeFacts:
     lease_s: float | None = None  # how long its lease lasts; None: it has none
     address: str = ""  # the service address that this node has for it
     confirmed: bool = False  # a primary that was told to serve at its epoch since this node was booted, and got that done
+    exports: tuple[str, ...] = ()  # the protocols by which clients reach it: SMB, NFS
     sector_bytes: int = 512
     rests: bool = False  # it was served, and was told to stop: read-only, or not mounted
 
