@@ -159,18 +159,21 @@ def prepare(
 def discard(site: Site, name: str, transfer: UUID | None = None) -> list[tuple[UUID, str]]:
     """Return the open transfers given up, each with the node that forgot it; without ``transfer`` all of the volume.
 
-    A primary that does not answer is left out: it is asked again another time. What the secondary has committed, though the primary did
-    not hear of it, is not open: the primary keeps its generation, the newest that both have. NodeUnreachable if that cannot be known.
+    A sender that does not answer is left out: it is asked again another time. What the receiver has committed, though the sender did
+    not hear of it, is not open: the sender keeps its generation, the newest that both have. NodeUnreachable if that cannot be known.
+    After a failover it is the new secondary that sent.
     """
     entry = site.catalog.volume(name)
     gone = []
-    committed, away = _committed(site, entry)
-    for node in (entry.secondary, entry.primary):
+    nodes = (entry.secondary, entry.primary)
+    held = {node: _held(site, entry, node) for node in nodes}
+    for node, peer in (nodes, nodes[::-1]):
         try:
             listed = site.node(node).ask(m.ListTransfers()).transfers
         except NodeUnreachable:
             continue
         for facts in listed:
+            committed, away = held[peer if facts.sending else node]
             # What a salvaged transfer takes is given up by name only, and when the secondary says that it is of no use any more.
             is_open = facts.state in OPEN_STATES and facts.target not in committed
             is_open |= facts.state is m.TransferState.SALVAGED and facts.id == transfer
@@ -199,10 +202,10 @@ def refuse_contested(site: Site, entry: VolumeEntry) -> None:
         raise FailoverBusy(f"a failover of volume {entry.name} is not done")
 
 
-def _committed(site: Site, entry: VolumeEntry) -> tuple[set[GenerationId], NodeUnreachable | None]:
-    """Return the generations of the secondary, and why they are not known."""
+def _held(site: Site, entry: VolumeEntry, node: str) -> tuple[set[GenerationId], NodeUnreachable | None]:
+    """Return the generations of a node, and why they are not known."""
     try:
-        return {facts.id for facts in facts_of(site.node(entry.secondary), entry.id).generations}, None
+        return {facts.id for facts in facts_of(site.node(node), entry.id).generations}, None
     except NoSuchVolume:
         return set(), None
     except NodeUnreachable as error:

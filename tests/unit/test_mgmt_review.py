@@ -51,6 +51,16 @@ def test_A9_whether_the_secondary_has_committed_must_be_known(pair: Pair) -> Non
         assert transfer in pair.transfers["nas1"]
 
 
+def test_after_a_failover_what_the_old_primary_never_sent_can_be_given_up(pair: Pair) -> None:
+    """It holds the generation itself, as it froze it; that is not to be taken for one that arrived."""
+    with pair.site() as site:
+        transfer = ack_lost(pair, site)
+        pair.generations["nas2"].pop()
+        del pair.transfers["nas2"][transfer]
+        site.catalog.set_volume(dataclasses.replace(site.catalog.volume("projects"), primary="nas2", secondary="nas1"))
+        assert run.discard(site, "projects") == [(transfer, "nas1")]
+
+
 def test_a_volume_whose_making_broke_off_is_made_when_it_is_added_again(pair: Pair) -> None:
     def make_half(asked: m.CreateVolume) -> m.VolumeFacts:
         pair.generations["nas1"] = [m.GenerationFacts(empty_generation(asked.volume), GenerationKind.EMPTY, 0)]
