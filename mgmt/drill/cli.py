@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 PIPE_WIDTH = 120
 VM_SUBSTRATES = ("lvm-thin", "lvm-snapshot", "reflink")
+KILLS = {"agent": "source-killed", "node": "source-lost", "link": "link-cut", "receiver": "receiver-killed", "power": "receiver-lost"}
+"""Scenarios that a word for what dies is enough for."""
 
 
 class _Share(click.ParamType[float]):
@@ -53,6 +55,7 @@ class _Share(click.ParamType[float]):
 )  # fmt: skip
 @click.option("--fs", "filesystem", type=click.Choice([kind.value for kind in FilesystemKind]), default="ext4", show_default=True)
 @click.option("--scenario", "name", help="What goes wrong; --list shows all. [default: source-killed; in the VM lab, source-lost]")
+@click.option("--kill", type=click.Choice(list(KILLS)), help="What dies, in place of --scenario.")
 @click.option("--list", "listed", is_flag=True, help="List the scenarios, and hold none.")
 @click.option("--history", is_flag=True, help="Show what drills and rehearsals (`landfall failover --test`) ended in, and hold none.")
 @click.option("--at", type=_Share(), help="Break the transfer off after this share of its bytes. [default: as the scenario says]")
@@ -72,6 +75,7 @@ def drill(
     substrate: str | None,
     filesystem: str,
     name: str | None,
+    kill: str | None,
     listed: bool,
     history: bool,
     at: float | None,
@@ -101,7 +105,9 @@ def drill(
     if listed:
         _list(as_json)
         return
-    scenario = scenarios.read(name or ("source-lost" if on_machines else "source-killed"))
+    if name and kill:
+        raise click.UsageError("--kill and --scenario both say what goes wrong; use one of them")
+    scenario = scenarios.read(KILLS[kill] if kill else name or ("source-lost" if on_machines else "source-killed"))
     if LabKind(lab) not in scenario.labs:
         raise click.UsageError(f"scenario {scenario.name} is for the lab {' or '.join(scenario.labs)}")
     if at is not None:

@@ -8,9 +8,12 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
+from click.testing import CliRunner
 
 from agent.contract.errors import ConfigInvalid
+from mgmt.cli import landfall
 from mgmt.drill import judgement, scenario
+from mgmt.drill.cli import KILLS
 from mgmt.drill.course import Course
 from mgmt.drill.evidence import Findings
 from mgmt.drill.onlooker import Gap, Seen
@@ -51,6 +54,13 @@ def test_a_scenario_is_what_its_file_says(tmp_path: Path) -> None:
         Failover(),
     )
     assert (found.name, found.labs, found.share) == ("tried", (LabKind.LOCAL,), 0.5)
+
+
+def test_a_word_for_what_dies_is_a_scenario_of_the_local_lab_and_does_not_go_with_another() -> None:
+    assert {word: LabKind.LOCAL in scenario.read(name).labs for word, name in KILLS.items()} == dict.fromkeys(KILLS, True)
+    said = CliRunner().invoke(landfall, ["drill", "--kill", "link", "--scenario", "link-cut"])
+    assert said.exit_code == 2
+    assert "use one of them" in said.output
 
 
 def test_the_shipped_ones_can_be_read_and_every_fault_and_repair_is_in_one() -> None:
