@@ -26,6 +26,7 @@ from agent.serving.keeper import KeeperOrder
 from agent.serving.machine import Machine
 from agent.serving.nfs import Nfs
 from agent.serving.tenure import Tenures
+from agent.system import files
 from agent.system.failpoint import failpoint
 from agent.system.neighbour import Link
 from agent.transfer.store import TransferStore
@@ -69,6 +70,8 @@ class Node:
         self.config = config
         self.machine = machine or Machine()
         self.substrate = substrate or _substrate(config)
+        for folder in (config.state_dir / "differential").glob("*"):
+            files.sweep(folder)
         self.store = TransferStore(config.state_dir / "transfers")
         self.outbox = Outbox(config.state_dir / "outbox")
         self.tenures = Tenures(config.run_dir / "tenure")

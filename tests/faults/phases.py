@@ -25,6 +25,7 @@ from agent.contract.columns import identity
 from agent.contract.dmi import Dmi
 from agent.contract.errors import LandfallError, StaleTerm
 from agent.contract.identity import FilesystemKind, GenerationId, GenerationKind
+from agent.system.files import TEMPORARY_PREFIX
 from mgmt.determination import Policy, determine
 from tests.faults.case import SIZES, Case, check_salvaged, follow, images_equal, release, resume, served
 from tests.faults.rig import NodeProcess, Pair
@@ -268,6 +269,9 @@ def build_dies(case: Case, point: str, differential: m.Differential) -> None:
     try:
         nas1.start_armed(point)
         expect_death(nas1, lambda: nas1.ask(order), point)
+        tables = nas1.folder / "state" / "differential" / str(case.base.volume)
+        tables.mkdir(parents=True, exist_ok=True)
+        (tables / f"{TEMPORARY_PREFIX}tables").write_bytes(b"half")  # what is made beside it may be anywhere when it dies
         nas1.start()
         known = {facts.id: facts.state for facts in nas1.ask(m.ListTransfers()).transfers}
         done = point.partition("=")[0] == "src.after_build"

@@ -170,12 +170,13 @@ class Disk:
     serial: str = "landfall-test"
     refusal: str = ""
     made: bool = False
+    knows_targets: bool = False  # its kernel has device-mapper's targets already
 
 
 DISKS = (
     Disk("blank", made=True),
     Disk("labelled", volume_groups=(("/dev/vdb", "", ""),), filesystem="LVM2_member", made=True),
-    Disk("ours", volume_groups=(("/dev/vdb", "landfall", "landfall,landfall-lab"),), filesystem="LVM2_member"),
+    Disk("ours", volume_groups=(("/dev/vdb", "landfall", "landfall,landfall-lab"),), filesystem="LVM2_member", knows_targets=True),
     Disk(
         "unmarked",
         volume_groups=(("/dev/vdb", "landfall", "landfall"),),
@@ -208,7 +209,12 @@ def test_a_disk_with_anything_on_it_and_a_volume_group_without_the_marker_are_re
     playbook = tmp_path / "play.yml"
     task = {
         "ansible.builtin.include_role": {"name": "storage"},
-        "vars": {"storage_substrate": "lvm-thin", "storage_disk_serial": "landfall-test", "storage_lab": True},
+        "vars": {
+            "storage_substrate": "lvm-thin",
+            "storage_disk_serial": "landfall-test",
+            "storage_lab": True,
+            "storage_modules_file": "{{ fakes }}/modules",
+        },
     }
     of_host = {"PATH": "{{ fakes }}:{{ lookup('ansible.builtin.env', 'PATH') }}"}
     playbook.write_text(yaml.safe_dump([{"hosts": "all", "gather_facts": False, "environment": of_host, "tasks": [task]}]))
@@ -219,6 +225,8 @@ def test_a_disk_with_anything_on_it_and_a_volume_group_without_the_marker_are_re
         assert (failure.group(1) if failure else "").startswith(disk.refusal), (disk.name, done.text)
         assert bool(failure) == bool(disk.refusal), (disk.name, done.text)
         assert made.exists() == disk.made, (disk.name, done.text)
+        assert (tmp_path / disk.name / "modules").exists() == (not disk.refusal), "of a machine that is refused nothing is touched"
+        assert (tmp_path / disk.name / "loaded").exists() == (not disk.refusal and not disk.knows_targets)
         if disk.made:
             assert made.read_text() == "--addtag landfall-lab --addtag landfall landfall /dev/vdb\n"
 
@@ -231,6 +239,8 @@ def machine(folder: Path, disk: Disk) -> None:
         "lsblk": f"echo '{json.dumps({'blockdevices': [seen]})}'",
         "pvs": f"echo '{json.dumps({'report': [{'pv': groups}]})}'",
         "vgcreate": f'echo "$@" >>{folder}/made',
+        "dmsetup": f"printf '%s v1.0.0\\n' linear {'thin-pool snapshot zero' if disk.knows_targets else ''}",
+        "modprobe": f'echo "$@" >>{folder}/loaded',
         "dpkg-query": 'shift 2; for name; do echo "$name installed"; done',
     }
     for name, words in programs.items():
