@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from mgmt.drill.course import Course
     from mgmt.drill.scenario import Scenario
     from mgmt.drill.stage import Stage
+    from mgmt.proofs import Proof
 
 PIPE_WIDTH = 120
 VM_SUBSTRATES = ("lvm-thin", "lvm-snapshot", "reflink")
@@ -90,7 +91,6 @@ def drill(
     as_json: bool,
 ) -> None:
     """Replicate a volume of real files, let something go wrong in the middle, recover, and have the result checked."""
-    from mgmt import proofs
     from mgmt.drill import scenario as scenarios
     from mgmt.drill.report import sentence
     from mgmt.drill.scenario import Verdict
@@ -137,11 +137,11 @@ def drill(
         options, course = _hold(options, scenario, out)
         report = _tell(options, course, as_json)
     except LandfallError as error:
-        proofs.keep(_kept_in(place), Proof(begun_ns, scenario.name, "", Verdict.FAILED, False, None, None, "", str(error)))
+        keep(place, Proof(begun_ns, scenario.name, "", Verdict.FAILED, False, None, None, "", str(error)))
         raise
     words, path = "; ".join(course.shortfalls) or sentence(course), str((options.folder / "report.json").resolve())
     figures = report["verdict"], not course.shortfalls, report["rpo_s"], report["rto_s"]
-    proofs.keep(_kept_in(place), Proof(begun_ns, scenario.name, "", *figures, path, words))
+    keep(place, Proof(begun_ns, scenario.name, "", *figures, path, words))
     if course.shortfalls:
         unclean = course.findings is not None and not course.findings.clean
         what = "the checker found faults" if unclean else f"scenario {scenario.name} did not end as it must"
@@ -185,6 +185,16 @@ def _tell(options: Options, course: Course, as_json: bool) -> dict[str, Any]:
 def _kept_in(place: Place) -> Path:
     """Return where proofs are kept: with what the management node remembers; on a machine that is none, beside the drills."""
     return place.inventory().state_dir if place.path.exists() else Path("build")
+
+
+def keep(place: Place, proof: Proof) -> None:
+    """Add the drill to the history. That it cannot be kept there is said, and changes nothing of what the drill ended in."""
+    from mgmt import proofs
+
+    try:
+        proofs.keep(_kept_in(place), proof)
+    except OSError as error:
+        click.echo(f"landfall: the drill is not in the history: {error}", err=True)
 
 
 def _show_history(place: Place, as_json: bool) -> None:

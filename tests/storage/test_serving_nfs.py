@@ -14,7 +14,7 @@ import pytest
 
 from agent.serving import nfs as serving
 from agent.serving.exports import Share
-from agent.serving.nfs import Nfs
+from agent.serving.nfs import CLOSE_LIMIT_S, Nfs
 from agent.system.clock import monotonic_s, wait_until
 from agent.system.run import run
 from agent.volume import filesystem
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.nfs_server
 SERVED = Path("/run/served")
 """Every filesystem on the way to it can be exported, which those that a guest has from its host cannot."""
 LIMIT_S = 120.0
-BOUND_S = 20.0
+BOUND_S = CLOSE_LIMIT_S
 """For so long a volume that clients use may take to be given up, on a guest that has half a slow core."""
 
 

@@ -13,13 +13,14 @@ from click.testing import CliRunner
 from agent.contract.errors import ConfigInvalid
 from mgmt.cli import landfall
 from mgmt.drill import judgement, scenario
-from mgmt.drill.cli import KILLS
+from mgmt.drill.cli import KILLS, keep
 from mgmt.drill.course import Course
 from mgmt.drill.evidence import Findings
 from mgmt.drill.onlooker import Gap, Seen
 from mgmt.drill.options import LabKind
 from mgmt.drill.scenario import Blow, Expectation, Failover, Fault, Interrupt, Mend, Notified, Repair, Resume, Verdict
 from mgmt.failover.account import Lost, Phases
+from mgmt.proofs import Proof
 
 GOOD = """
 says: the link is cut, and healed
@@ -61,6 +62,15 @@ def test_a_word_for_what_dies_is_a_scenario_of_the_local_lab_and_does_not_go_wit
     said = CliRunner().invoke(landfall, ["drill", "--kill", "link", "--scenario", "link-cut"])
     assert said.exit_code == 2
     assert "use one of them" in said.output
+
+
+def test_a_history_that_cannot_be_written_is_told_and_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "build").write_text("no folder")
+    monkeypatch.chdir(tmp_path)
+    keep(Mock(path=tmp_path / "landfall.toml"), Proof(1, "source-killed", "", "recovered", True, 1.0, 2.0, "", "went well"))
+    assert "the drill is not in the history" in capsys.readouterr().err
 
 
 def test_the_shipped_ones_can_be_read_and_every_fault_and_repair_is_in_one() -> None:
