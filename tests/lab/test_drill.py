@@ -94,7 +94,7 @@ def test_a_drill_that_the_checker_faults_ends_with_its_own_status(tmp_path: Path
 
 
 def test_wrong_arguments_are_refused_before_anything_is_made(tmp_path: Path) -> None:
-    for words in (("--fs", "zfs"), ("--at", "1.5"), ("--at", "x"), ("--kill", "node"), ("--size", "huge"), ("--files", "3")):
+    for words in (("--fs", "zfs"), ("--at", "1.5"), ("--at", "x"), ("--kill", "flood"), ("--size", "huge"), ("--files", "3")):
         done = drill(tmp_path / "out", *words)
         assert done.returncode == 2, words
         assert "Traceback" not in done.stderr
