@@ -151,12 +151,14 @@ def _check_fence(where: str, node: NodeEntry) -> None:
 def _converter(folder: Path) -> cattrs.Converter:
     converter = cattrs.Converter(forbid_extra_keys=True, detailed_validation=True)
     for kind, allowed in ((bool, (bool,)), (int, (int,)), (str, (str,)), (float, (int, float))):
-        converter.register_structure_hook(kind, _exactly(allowed))
-    converter.register_structure_hook(Path, lambda value, _: folder / _exactly((str,))(value, str))
+        converter.register_structure_hook(kind, exactly(allowed))
+    converter.register_structure_hook(Path, lambda value, _: folder / exactly((str,))(value, str))
     return converter
 
 
-def _exactly(allowed: tuple[type, ...]) -> Any:
+def exactly(allowed: tuple[type, ...]) -> Any:
+    """Return a structure hook that takes values of these types as they are, and turns no other into one."""
+
     def check(value: Any, _: Any) -> Any:
         if type(value) not in allowed:
             raise TypeError(f"is {type(value).__name__}, it must be {allowed[-1].__name__}")

@@ -28,7 +28,6 @@ from uuid import UUID
 
 from agent.contract.errors import (
     BaseMismatch,
-    DeviceBusy,
     LandfallError,
     LayoutUnsupported,
     NoSuchGeneration,
@@ -40,12 +39,12 @@ from agent.contract.errors import (
 )
 from agent.contract.identity import BLOCK_BYTES, GenerationId, GenerationKind, empty_generation, plain_name
 from agent.contract.messages import GenerationFacts, Role, Unreadable
-from agent.system import attributes, block, files
+from agent.system import block, files
 from agent.system.failpoint import failpoint
-from agent.volume import extents
+from agent.volume import extents, images
 from agent.volume.freeze import frozen, sync_mounted, thaw_if_frozen
 from agent.volume.loop import attach, backs, lock, open_image
-from agent.volume.mounts import Mount, mount_on, mounts
+from agent.volume.mounts import Mount, mounts
 from agent.volume.pool import Pool, said_plainly
 from agent.volume.records import image_mtime_ns, read_record, write_record
 from agent.volume.snapshot import catch_up, clone_ahead
@@ -137,17 +136,17 @@ class ReflinkSubstrate:
         self.pool.need_room(0, f"volume {record.name}")
         new = self.pool.volumes / f"{files.TEMPORARY_PREFIX}{record.id}-{secrets.token_hex(4)}"
         failpoint("substrate.create.before")
-        with said_plainly(f"making volume {record.name}"), _removed_on_failure(new):
+        with said_plainly(f"making volume {record.name}"), images.removed_on_failure(new):
             for folder in (new, new / "generations", new / "workspaces"):
                 folder.mkdir(mode=0o700)
             empty = GenerationFacts(empty_generation(record.id), GenerationKind.EMPTY, 0)
             image = new / "generations" / f"{empty.id.name}.img"
-            _make_sparse(image, record.size_bytes)
+            images.make_sparse(image, record.size_bytes)
             write_record(image.with_suffix(".json"), empty, image_mtime_ns=image.stat().st_mtime_ns)
             if adopting:
                 files.write_durably(new / _ADOPTED, os.fsencode(adopting))
             elif record.role is Role.PRIMARY:
-                _make_sparse(new / "operational.img", record.size_bytes)
+                images.make_sparse(new / "operational.img", record.size_bytes)
             write_record(new / "volume.json", record)
             files.sync_directory(new)
             failpoint("substrate.create.before_rename")
@@ -170,7 +169,7 @@ class ReflinkSubstrate:
         except FileNotFoundError as error:
             raise NotOurs(f"there is no file {source} on this node") from error
         with os.fdopen(image_fd, "rb"):
-            _refuse_foreign(image_fd, image, self.pool)
+            images.refuse_foreign(image_fd, image, self.pool)
             with attach(image) as device:
                 yield Foreign(device, os.fstat(image_fd).st_size, 512)
 
@@ -189,10 +188,10 @@ class ReflinkSubstrate:
         if known is None:
             self._create(record, source)
         failpoint("substrate.adopt.half")
-        with said_plainly(f"adopting {source}"), _opened(image) as image_fd:
+        with said_plainly(f"adopting {source}"), images.opened(image) as image_fd:
             lock(image_fd, image, exclusive=True)
-            _refuse_foreign(image_fd, image, self.pool)
-            _refuse_size(image_fd, record, image)
+            images.refuse_foreign(image_fd, image, self.pool)
+            images.refuse_size(image_fd, record, image)
             os.fchown(image_fd, 0, 0)
             os.fchmod(image_fd, 0o600)
             os.fsync(image_fd)
@@ -289,19 +288,19 @@ class ReflinkSubstrate:
         operational, image = self._folder(take.volume) / "operational.img", self._image(facts.id)
         self.pool.need_room(0, f"generation {facts.id.name}")
         new = image.with_name(f"{files.TEMPORARY_PREFIX}{image.name}")
-        with _removed_on_failure(new, image.with_suffix(".json")):
-            with _opened(self._operational_image(take.volume)) as source, _made(new) as clone:
+        with images.removed_on_failure(new, image.with_suffix(".json")):
+            with images.opened(self._operational_image(take.volume)) as source, images.made(new) as clone:
                 if take.mount_point is None:
                     lock(source, operational, exclusive=True)
                     os.fsync(source)
                     yield partial(block.clone, source, clone)
                 else:
-                    _refuse_other_mount(take.mount_point, operational)
+                    images.refuse_other_mount(take.mount_point, operational)
                     sync_mounted(take.mount_point)
-                    with _opened(self._image(self.generations(take.volume)[-1].id)) as newest:
+                    with images.opened(self._image(self.generations(take.volume)[-1].id)) as newest:
                         cloned = clone_ahead(source, clone, newest)
                     yield partial(catch_up, source, clone, cloned)
-                _refuse_size(clone, record, new)
+                images.refuse_size(clone, record, new)
                 os.fsync(clone)
             failpoint("substrate.take.before_record")
             write_record(image.with_suffix(".json"), facts, image_mtime_ns=new.stat().st_mtime_ns)
@@ -313,7 +312,7 @@ class ReflinkSubstrate:
         image = self._held(generation)
         if generation == empty_generation(generation.volume):
             raise RequestRefused("g0 is the beginning of every volume and takes no room; it is not dropped")
-        with said_plainly(f"dropping generation {generation.name}"), _opened(image) as image_fd:
+        with said_plainly(f"dropping generation {generation.name}"), images.opened(image) as image_fd:
             lock(image_fd, image, exclusive=True)
             failpoint("substrate.drop.before")
             files.remove_durably(image.with_suffix(".json"))
@@ -328,10 +327,10 @@ class ReflinkSubstrate:
         """
         if base.volume != target.volume:
             raise BaseMismatch(f"{base.name} and {target.name} are of different volumes")
-        with _opened(self._held(base)) as base_fd, _opened(self._held(target)) as target_fd:
+        with images.opened(self._held(base)) as base_fd, images.opened(self._held(target)) as target_fd:
             record = self._record(base.volume)
-            _refuse_size(base_fd, record, self._image(base))
-            _refuse_size(target_fd, record, self._image(target))
+            images.refuse_size(base_fd, record, self._image(base))
+            images.refuse_size(target_fd, record, self._image(target))
             runs = extents.changed_runs(block.extent_map(base_fd), block.extent_map(target_fd))
             if self.pool.kind == "btrfs":
                 runs = extents.on_device(runs, block.btrfs_chunks(base_fd))
@@ -407,9 +406,9 @@ class ReflinkSubstrate:
         if facts.id.volume != workspace.volume:
             raise BaseMismatch(f"{facts.id.name} is of another volume")
         self._refuse_taken(facts)
-        with said_plainly(f"committing generation {facts.id.name}"), _opened(source) as image_fd:
+        with said_plainly(f"committing generation {facts.id.name}"), images.opened(source) as image_fd:
             lock(image_fd, source, exclusive=True)
-            _refuse_size(image_fd, self._record(workspace.volume), source)
+            images.refuse_size(image_fd, self._record(workspace.volume), source)
             os.fsync(image_fd)
             write_record(image.with_suffix(".json"), facts, image_mtime_ns=os.fstat(image_fd).st_mtime_ns)
             failpoint("substrate.commit.before_rename")
@@ -424,9 +423,9 @@ class ReflinkSubstrate:
         source, image = self._existing(workspace), self._held(generation)
         if generation.volume != workspace.volume:
             raise BaseMismatch(f"{generation.name} is of another volume")
-        with said_plainly(f"replacing generation {generation.name}"), _opened(source) as image_fd:
+        with said_plainly(f"replacing generation {generation.name}"), images.opened(source) as image_fd:
             lock(image_fd, source, exclusive=True)
-            _refuse_size(image_fd, self._record(workspace.volume), source)
+            images.refuse_size(image_fd, self._record(workspace.volume), source)
             if (mtime_ns := image_mtime_ns(image.with_suffix(".json"))) is not None:
                 os.utime(image_fd, ns=(mtime_ns, mtime_ns))  # the record stays as it is: one rename is one step
             os.fsync(image_fd)
@@ -439,7 +438,7 @@ class ReflinkSubstrate:
         image = self._workspace(workspace)
         if not self.exists(workspace):
             return
-        with said_plainly(f"discarding {image.name}"), _opened(image) as image_fd:
+        with said_plainly(f"discarding {image.name}"), images.opened(image) as image_fd:
             lock(image_fd, image, exclusive=True)
             failpoint("substrate.discard.before")
             files.remove_durably(image)
@@ -516,8 +515,8 @@ class ReflinkSubstrate:
     @contextmanager
     def _attached(self, image: Path, volume: UUID, *, writable: bool) -> Iterator[Path]:
         record = self._record(volume)
-        with said_plainly(f"attaching {image.name}"), _opened(image) as image_fd:
-            _refuse_size(image_fd, record, image)
+        with said_plainly(f"attaching {image.name}"), images.opened(image) as image_fd:
+            images.refuse_size(image_fd, record, image)
         with attach(image, writable=writable, sector_bytes=record.sector_bytes) as device:
             yield device
 
@@ -525,10 +524,10 @@ class ReflinkSubstrate:
         """Clone an image under another name in one durable step, replacing what has that name and is not in use."""
         self.pool.need_room(0, destination.name)
         new = destination.with_name(f"{files.TEMPORARY_PREFIX}{destination.name}")
-        with said_plainly(f"cloning {source.name}"), _removed_on_failure(new), _locked_if_there(destination):
+        with said_plainly(f"cloning {source.name}"), images.removed_on_failure(new), images.locked_if_there(destination):
             failpoint(f"substrate.{step}.before")
-            with _opened(source) as source_fd, _made(new) as clone_fd:
-                _refuse_size(source_fd, record, source)
+            with images.opened(source) as source_fd, images.made(new) as clone_fd:
+                images.refuse_size(source_fd, record, source)
                 os.fsync(source_fd)
                 block.clone(source_fd, clone_fd)
                 os.fsync(clone_fd)
@@ -583,96 +582,3 @@ def _uuid(text: str) -> UUID | None:
         return UUID(text)
     except ValueError:
         return None
-
-
-@contextmanager
-def _opened(image: Path) -> Iterator[int]:
-    image_fd = open_image(image)
-    try:
-        yield image_fd
-    finally:
-        os.close(image_fd)
-
-
-@contextmanager
-def _made(image: Path) -> Iterator[int]:
-    """Make an empty image; the name is ours alone, so what a crash left under it goes."""
-    image.unlink(missing_ok=True)
-    image_fd = os.open(image, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    try:
-        yield image_fd
-    finally:
-        os.close(image_fd)
-
-
-@contextmanager
-def _locked_if_there(image: Path) -> Iterator[None]:
-    if not image.exists():
-        yield
-        return
-    with _opened(image) as image_fd:
-        lock(image_fd, image, exclusive=True)
-        yield
-
-
-@contextmanager
-def _removed_on_failure(*made: Path) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        for path in made:
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
-        raise
-
-
-def _refuse_foreign(image_fd: int, image: Path, pool: Pool) -> None:
-    """Refuse an image that cannot be moved into the pool as it is, or that somebody else can write to."""
-    about = os.fstat(image_fd)
-    if about.st_dev != pool.path.stat().st_dev:
-        raise NotOurs(
-            f"{image} does not lie on the filesystem of this node's pool",
-            cause=f"the pool is {pool.path}",
-            fix="Move it there first; between two filesystems that is a copy.",
-        )
-    if about.st_size % BLOCK_BYTES or not about.st_size:
-        raise LayoutUnsupported(
-            f"{image} has {about.st_size} bytes", fix=f"Make it a multiple of {BLOCK_BYTES}: `truncate -s %{BLOCK_BYTES}`."
-        )
-    if about.st_nlink != 1:
-        raise DeviceBusy(f"{image} has {about.st_nlink} names", fix="Remove the others: who has them can write to it.")
-    if pool.kind == "btrfs" and not attributes.flags(image_fd) & attributes.NOCOW:
-        raise LayoutUnsupported(
-            f"{image} has data checksums, so it cannot be cloned within the pool",
-            fix="Copy it into a folder with `chattr +C` on the same filesystem, and adopt that.",
-        )
-    for folder in Path("/sys/class/block").glob("loop*/loop"):
-        device = Path("/dev") / folder.parent.name
-        if device.exists() and backs(device, image):
-            raise DeviceBusy(f"{image} is attached to {device}", fix=f"Unmount it, and `losetup -d {device}`.")
-    if files.written_elsewhere(image_fd):
-        raise DeviceBusy(f"{image} is open by another program", fix="Find it (lsof, fuser), and let it end.")
-
-
-def _make_sparse(image: Path, size_bytes: int) -> None:
-    with _made(image) as image_fd:
-        os.truncate(image_fd, size_bytes)
-        os.fsync(image_fd)
-
-
-def _refuse_size(image_fd: int, record: VolumeRecord, image: Path) -> None:
-    size_bytes = os.fstat(image_fd).st_size
-    if size_bytes != record.size_bytes:
-        raise BaseMismatch(
-            f"{image.name} has {size_bytes} bytes, volume {record.name} has {record.size_bytes}",
-            fix="Replicate in full into a volume of the right size.",
-        )
-
-
-def _refuse_other_mount(mount_point: Path, operational: Path) -> None:
-    """Refuse to freeze a filesystem that is not on our operational image."""
-    mount = mount_on(mount_point)
-    if mount is None or not mount.source.startswith("/dev/") or not backs(Path(mount.source), operational):
-        raise NotOurs(f"{mount_point} is not a mount of {operational}", cause=f"mounted there: {mount.source if mount else 'nothing'}")

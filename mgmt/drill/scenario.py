@@ -37,6 +37,7 @@ import yaml
 from agent.contract.errors import ConfigInvalid
 from mgmt.drill.options import LabKind
 from mgmt.failover.plan import Step as FailoverStep
+from mgmt.inventory import exactly
 
 FOLDER: Final = Path(__file__).resolve().parents[2] / "playbooks" / "scenarios"
 
@@ -268,15 +269,6 @@ def _step(value: Any, _: Any) -> Step:
     return made
 
 
-def _exactly(allowed: tuple[type, ...]) -> Any:
-    def check(value: Any, _: Any) -> Any:
-        if type(value) not in allowed:
-            raise TypeError(f"is {type(value).__name__}, it must be {allowed[-1].__name__}")
-        return value
-
-    return check
-
-
 def _word(value: Any, kind: type[StrEnum]) -> StrEnum:
     if value not in set(kind):
         raise ValueError(f"{value!r} must be one of {', '.join(kind)}")
@@ -286,7 +278,7 @@ def _word(value: Any, kind: type[StrEnum]) -> StrEnum:
 def _converter() -> cattrs.Converter:
     converter = cattrs.Converter(forbid_extra_keys=True, detailed_validation=True)
     for kind, allowed in ((bool, (bool,)), (int, (int,)), (str, (str,)), (float, (int, float))):
-        converter.register_structure_hook(kind, _exactly(allowed))
+        converter.register_structure_hook(kind, exactly(allowed))
     for words in (Fault, Repair, Verdict, LabKind):
         converter.register_structure_hook(words, _word)
     converter.register_structure_hook_func(lambda kind: kind == Step, _step)

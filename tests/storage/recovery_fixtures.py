@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from agent.contract.identity import FilesystemKind
-from tests.storage.conformance import pool_on
+from tests.storage.pools import pool_on
 from tests.storage.salvage_scene import Scene
 
 MakeScene = Callable[..., Scene]

@@ -18,7 +18,7 @@ from mgmt.determination import Policy, determine
 from mgmt.drill.workload import change, fill
 from mgmt.report import Circumstances, LossStatement, Seconds, state
 from tests.storage.checker_scene import arrival_bytes, checker
-from tests.storage.conformance import pool_on
+from tests.storage.pools import pool_on
 from tests.storage.salvage_scene import Scene
 
 

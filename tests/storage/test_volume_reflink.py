@@ -42,13 +42,12 @@ from tests.storage.conformance import (
     differing,
     facts_after,
     in_child,
-    pool_on,
     read,
     record,
     taken,
-    unmounted,
     write,
 )
+from tests.storage.pools import pool_on, unmounted
 
 SIZES = {FilesystemKind.EXT4: 64 << 20, FilesystemKind.XFS: 320 << 20}
 

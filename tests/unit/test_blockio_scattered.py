@@ -32,13 +32,6 @@ def image(tmp_path: Path) -> Path:
     return path
 
 
-def queue_or_skip(depth: int) -> aio.Queue:
-    try:
-        return aio.Queue(depth)
-    except OSError as error:
-        pytest.skip(f"the kernel refuses asynchronous reads: {error}")
-
-
 @pytest.mark.parametrize("seed", range(6))
 def test_the_bytes_are_those_of_plain_reads_in_the_order_asked(image: Path, seed: int) -> None:
     random = np.random.default_rng(seed)
@@ -55,7 +48,7 @@ def test_the_bytes_are_those_of_plain_reads_in_the_order_asked(image: Path, seed
 
 
 def test_the_queue_is_what_reads(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    queue_or_skip(4).close()
+    aio.Queue(4).close()
     monkeypatch.setattr(os, "preadv", None)  # whoever reads the plain way fails
     with Device.open_reading(image) as device:
         buffer = aligned(2 * BLOCK)
@@ -80,7 +73,7 @@ def test_blocks_past_the_end_are_refused(image: Path, outside: int) -> None:
 
 def test_a_queue_gives_each_read_its_own_result_whatever_its_depth(image: Path) -> None:
     content, fd = image.read_bytes(), os.open(image, os.O_RDONLY)
-    queue = queue_or_skip(8)
+    queue = aio.Queue(8)
     try:
         buffer = aligned(1000 * 16)
         address = np.uint64(np.frombuffer(buffer, dtype=np.uint8).ctypes.data) + np.arange(1000, dtype=np.uint64) * np.uint64(16)
@@ -98,7 +91,7 @@ def test_a_queue_gives_each_read_its_own_result_whatever_its_depth(image: Path) 
 
 
 def test_a_read_that_fails_fails_alone(image: Path) -> None:
-    fd, queue = os.open(image, os.O_RDONLY), queue_or_skip(8)
+    fd, queue = os.open(image, os.O_RDONLY), aio.Queue(8)
     try:
         buffer = aligned(BLOCK)
         good = np.uint64(np.frombuffer(buffer, dtype=np.uint8).ctypes.data)
@@ -111,7 +104,7 @@ def test_a_read_that_fails_fails_alone(image: Path) -> None:
 
 def test_a_submission_that_fails_leaves_nothing_in_flight(image: Path) -> None:
     """A closed descriptor in the middle ends the submission; what was submitted before has ended when the error comes."""
-    fd, queue = os.open(image, os.O_RDONLY), queue_or_skip(4)
+    fd, queue = os.open(image, os.O_RDONLY), aio.Queue(4)
     os.close(fd)
     try:
         with pytest.raises(OSError, match="Bad file descriptor"):
@@ -158,7 +151,7 @@ def test_a_write_into_the_odd_tail_is_cut_off_and_the_image_is_not_longer(image:
 def test_E1_a_scattered_write_that_failed_is_written_the_plain_way_or_its_error_is_raised(
     image: Path, result: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    queue_or_skip(4).close()
+    aio.Queue(4).close()
     data = aligned(2 * BLOCK)
     data[:] = b"x" * len(data)
     monkeypatch.setattr(aio.Queue, "write", lambda self, fd, address, offset, length: np.array([result, BLOCK]))
@@ -215,7 +208,6 @@ assert bytes(buffer[4096:]) == Path(sys.argv[1]).read_bytes()[3 * 4096 : 4 * 409
 """
 
 
-@pytest.mark.skipif(platform.machine() not in {"x86_64", "aarch64"}, reason="the filter names system calls of two machines")
 def test_where_seccomp_forbids_it_threads_read(image: Path) -> None:
     number = {"x86_64": 206, "aarch64": 0}[platform.machine()]
     root = Path(__file__).parents[2]
