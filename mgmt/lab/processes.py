@@ -63,6 +63,13 @@ def signal_node(lab: Lab, node: NodeName, number: signal.Signals) -> None:
             os.kill(pid, number)
 
 
+def command_line(pid: int) -> list[bytes]:
+    """Return a process's words; none if it is gone, as one that was just listed may be."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    return []
+
+
 def is_stopped(pid: int) -> bool:
     """Whether a process was stopped by a signal; False if it is gone."""
     with contextlib.suppress(OSError):

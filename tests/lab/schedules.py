@@ -317,9 +317,9 @@ class Stage:
 
     def _signal_agent(self, node: NodeName, number: signal.Signals) -> None:
         for pid in processes.inside(self.lab, [self.lab.namespace(node)]):
-            with contextlib.suppress(OSError):
-                words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-                if b"daemon" in words and any(word.endswith(b"landfall-agent") for word in words):
+            words = processes.command_line(pid)
+            if b"daemon" in words and any(word.endswith(b"landfall-agent") for word in words):
+                with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, number)
 
     # --- what is seen ---

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -197,9 +196,6 @@ def _is_writable(scene: Scene) -> bool:
 
 def _kill_keeper(lab: Lab) -> None:
     """Kill what gives the volume up in time; the agent is to start another."""
-    pids = [
-        pid for pid in processes.inside(lab, [lab.namespace(NAS1)]) if b"agent.serving.keeper" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    ]
-    assert pids, "a lease without a keeper"
-    for pid in pids:
-        start_program(["kill", f"-{signal.SIGKILL.value}", str(pid)])
+    keepers = [pid for pid in processes.inside(lab, [lab.namespace(NAS1)]) if b"agent.serving.keeper" in processes.command_line(pid)]
+    assert keepers, "a lease without a keeper"
+    assert not processes.kill(keepers, LIMIT_S)
