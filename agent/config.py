@@ -12,7 +12,7 @@ from agent.contract.identity import plain_name
 from agent.serving import nfs
 
 LEAST_MARGIN_S: Final = 10.0
-"""A node begins to give a volume up so long before its lease ends; the steps have half of that (keeper), and 5 s are left."""
+"""A node begins to give a volume up so long before its lease ends; the steps have half of that, and 5 s are left."""
 
 SUBSTRATES: Final = ("reflink", "lvm-thin", "lvm-snapshot")
 
