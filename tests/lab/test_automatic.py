@@ -132,9 +132,7 @@ def test_I3_I4_a_lease_that_the_service_renews_and_one_that_it_does_not(lab: Lab
         control.start_service(lab, NAS1, "agent")
         until = monotonic_s() + LEASE_S - LEAST_MARGIN_S + 1.0
         assert wait_until(lambda: monotonic_s() > until, 2 * LEASE_S, every_s=0.5)
-        assert scene.facts(NAS1).serving, (
-            "longer than under one lease, since it is renewed; by an agent that was restarted, kept by a new keeper"
-        )
+        assert scene.facts(NAS1).serving, "longer than under one lease: it is renewed, by an agent that was restarted, kept by a new keeper"
         seen = client.seen()
     assert seen.gaps == ()
     # The service is gone.
