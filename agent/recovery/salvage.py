@@ -26,6 +26,7 @@ from agent.recovery.apply import NO_ROOM, Applied, Tick, apply_plan
 from agent.recovery.check import check_instruction
 from agent.recovery.mount import mounted, unmount
 from agent.recovery.plan import HELD, Plan, make_plan
+from agent.recovery.source import Arrived, Told
 from agent.recovery.verify import Verified, verify
 from agent.system import clock
 from agent.system.failpoint import failpoint
@@ -153,7 +154,7 @@ def _attempt(job: SalvageJob, designated: tuple[int, ...], excluded: dict[int, F
             )
             total = len(plan.create) + len(plan.update)
             with _landing(job) as landing:
-                applied = apply_plan(plan, dmi, landing, mount_fd, _ticking(job, "apply", total))
+                applied = apply_plan(plan, dmi, Arrived(dmi, landing), mount_fd, _ticking(job, "apply", total))
             job.progress(Progress("unmount", 0, 1))
     return plan, applied
 
@@ -209,7 +210,7 @@ def _verify(job: SalvageJob, plan: Plan, applied: Applied) -> Verified:
         job.substrate.writing(job.workspace) as device,
         mounted(device, job.mount_point, job.dmi.head.filesystem, read_only=True) as mount_fd,
     ):
-        verified = verify(plan, job.dmi, applied, mount_fd, _ticking(job, "verify", total))
+        verified = verify(plan, job.dmi, Told(job.dmi), applied, mount_fd, _ticking(job, "verify", total))
     failpoint("recovery.after_verify")
     return verified
 

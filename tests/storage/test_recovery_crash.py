@@ -182,7 +182,7 @@ def test_what_does_not_read_back_is_not_committed(scene: Scene, monkeypatch: pyt
 
 def test_attributes_that_do_not_read_back_are_caught(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     _, job = prepared(scene)
-    monkeypatch.setattr("agent.recovery.inode.set_mtime", lambda fd, dmi, row: None)
+    monkeypatch.setattr("agent.recovery.inode.set_mtime", lambda fd, state: None)
     with pytest.raises(VerifyFailed, match="does not read back"):
         salvage(job)
     nothing_left(scene, job)
