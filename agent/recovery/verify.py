@@ -16,6 +16,7 @@ from agent.contract.errors import SalvageFailed, VerifyFailed
 from agent.contract.identity import BLOCK_BYTES
 from agent.recovery import inode
 from agent.recovery.apply import Applied, Tick
+from agent.recovery.back import NOTHING, Proved
 from agent.recovery.check import name_of
 from agent.recovery.content import ContentDigest, hole_ranges
 from agent.recovery.inode import State
@@ -37,21 +38,14 @@ class Verified:
     bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class Proved:
-    """The digest and length of each regular file of a plan's ``keep`` whose content was proved at the DMI's extents."""
-
-    contents: dict[int, tuple[bytes, int]]
-
-
-def verify(plan: Plan, dmi: Dmi, source: Version, applied: Applied, mount_fd: int, tick: Tick, proved: Proved | None = None) -> Verified:
+def verify(plan: Plan, dmi: Dmi, source: Version, applied: Applied, mount_fd: int, tick: Tick, proved: Proved = NOTHING) -> Verified:
     """Return how much of the target was read back; VerifyFailed names the first file that is not what it must be.
 
-    ``proved`` is what a plan with files to keep needs: what is kept is where it was proved, or is read again.
+    What a plan keeps was ``proved`` before: it is where it was then, or is read again.
     """
     tree = Tree(dmi, mount_fd, applied.made, applied.unlisted, read_only=True, side=plan.side)
     try:
-        return _Verification(plan, dmi, applied, tree, tick, proved or Proved({})).run(source)
+        return _Verification(plan, dmi, applied, tree, tick, proved).run(source)
     except SalvageFailed as error:
         raise VerifyFailed("an inode that was stored is not there", cause=str(error)) from error
     finally:

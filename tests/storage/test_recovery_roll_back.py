@@ -1,0 +1,58 @@
+"""Roll back: from the landing volume to the very tree that roll forward makes from the base."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from agent.contract.messages import Deletions, Salvaged
+from agent.recovery.salvage import SalvageJob, Way, undo
+from tests.storage import recovery_fixtures
+from tests.storage.salvage_model import HELD
+from tests.storage.salvage_scene import Built, Scene
+from tests.storage.seen_tree import Seen, differences, seen
+from tests.storage.test_recovery_roll_forward import change, fill
+
+make_scene = recovery_fixtures.make_scene
+pool = recovery_fixtures.pool
+scene = recovery_fixtures.scene
+
+TORN = (b"torn", b"e/new torn", b"safe")
+
+
+def salvaged(scene: Scene, job: SalvageJob, way: Way) -> tuple[Salvaged, dict[bytes, Seen]]:
+    """Salvages one way, looks at the tree, and takes it back."""
+    result, _ = scene.salvaged(replace(job, way=way))
+    with scene.opened(result.generation) as root:
+        tree = seen(root)
+    undo(job)
+    return result, tree
+
+
+def both(scene: Scene, job: SalvageJob, caplog: pytest.LogCaptureFixture) -> dict[bytes, Seen]:
+    """Salvages both ways and returns the tree, which is one; fails if it was not really rolled back."""
+    caplog.set_level(logging.WARNING)
+    forward, one = salvaged(scene, job, Way.FORWARD)
+    back, other = salvaged(scene, job, Way.BACK)
+    assert [record.getMessage() for record in caplog.records] == []
+    assert differences(one, other, made=HELD) == []
+    assert (back.exceptions, back.verified_files, back.verified_bytes) == (
+        forward.exceptions, forward.verified_files, forward.verified_bytes
+    )  # fmt: skip
+    return other
+
+
+def torn(built: Built) -> list[int]:
+    return [built.pieces(path)[-1] for path in TORN]
+
+
+@pytest.mark.parametrize("deletions", list(Deletions))
+def test_H11_H12_what_is_not_whole_is_the_bases_again(scene: Scene, caplog: pytest.LogCaptureFixture, deletions: Deletions) -> None:
+    scene.fill(fill)
+    scene.change(change)
+    built = scene.build_as_the_agent_does()
+    both(scene, scene.job(built, scene.land(built, torn(built)), deletions=deletions), caplog)
