@@ -104,7 +104,7 @@ def prepare(fd: int, size: int, ranges: list[tuple[int, int]], *, anew: bool) ->
         punch(fd, 0, BLOCK_BYTES)
     os.ftruncate(fd, size)
     for offset, length in hole_ranges(ranges, size):
-        for begin, end in data_within(fd, offset, offset + length):
+        for begin, end in _data_within(fd, offset, offset + length):
             _zero(fd, begin, end)
 
 
@@ -115,18 +115,18 @@ def finish(fd: int, size: int) -> None:
 
 
 def write_changed(fd: int, offset: int, data: memoryview) -> None:
-    """Make the file hold ``data`` at ``offset``, writing only the blocks that differ from what it holds; all where it has a hole."""
+    """Make the file hold ``data`` at ``offset``, writing only the blocks that differ from what it holds, and those of zeros: it may have a
+    hole there."""
     old = memoryview(os.pread(fd, len(data), offset))
-    if len(old) != len(data) or data_within(fd, offset, offset + len(data)) != [(offset, offset + len(data))]:
+    if len(old) != len(data):
         write(fd, offset, data)
         return
-    if old == data:
-        return
     whole = len(data) // BLOCK_BYTES * BLOCK_BYTES
-    differs = np.empty(-(-len(data) // BLOCK_BYTES), dtype=np.bool_)
-    differs[: whole // BLOCK_BYTES] = np.any(_blocks(old[:whole]) != _blocks(data[:whole]), axis=1)
-    differs[whole // BLOCK_BYTES :] = old[whole:] != data[whole:]
-    edges = np.flatnonzero(np.diff(np.concatenate(([False], differs, [False])).astype(np.int8)))
+    written = np.empty(-(-len(data) // BLOCK_BYTES), dtype=np.bool_)
+    blocks = _blocks(data[:whole])
+    written[: whole // BLOCK_BYTES] = np.any(_blocks(old[:whole]) != blocks, axis=1) | ~np.any(blocks, axis=1)
+    written[whole // BLOCK_BYTES :] = old[whole:] != data[whole:] or not any(data[whole:])
+    edges = np.flatnonzero(np.diff(np.concatenate(([False], written, [False])).astype(np.int8)))
     for begin, end in zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True):
         write(fd, offset + begin * BLOCK_BYTES, data[begin * BLOCK_BYTES : end * BLOCK_BYTES])
 
@@ -144,7 +144,7 @@ def write(fd: int, offset: int, data: memoryview) -> None:
 
 def reads_as_zeros(fd: int, offset: int, length: int) -> bool:
     """Whether a range has no data, or only zeros."""
-    for begin, end in data_within(fd, offset, offset + length):
+    for begin, end in _data_within(fd, offset, offset + length):
         while begin < end:
             part = os.pread(fd, min(len(_ZEROS), end - begin), begin)
             if not part or part.count(0) != len(part):
@@ -173,7 +173,7 @@ def set_mtime(fd: int, state: State) -> None:
     os.utime(f"/proc/self/fd/{fd}", ns=(os.fstat(fd).st_atime_ns, state.mtime_ns))
 
 
-def data_within(fd: int, begin: int, end: int) -> list[tuple[int, int]]:
+def _data_within(fd: int, begin: int, end: int) -> list[tuple[int, int]]:
     """Return where a file has data between two offsets, as (begin, end) (lseek(2), SEEK_DATA)."""
     found = []
     end = min(end, os.fstat(fd).st_size)
@@ -190,7 +190,8 @@ def data_within(fd: int, begin: int, end: int) -> list[tuple[int, int]]:
 
 
 def _zero(fd: int, begin: int, end: int) -> None:
-    if punch(fd, begin, end - begin):
+    """Make a hole of whole blocks, the last one perhaps cut by the file's end; zeros where there can be none."""
+    if punch(fd, begin, -(-end // BLOCK_BYTES) * BLOCK_BYTES - begin):
         return
     while begin < end:
         begin += os.pwrite(fd, memoryview(_ZEROS)[: min(len(_ZEROS), end - begin)], begin)

@@ -13,6 +13,7 @@ from agent.recovery import inode
 from agent.recovery.content import Chunk, ContentDigest, Ending, data_ranges, read_files
 from agent.recovery.inode import State
 from agent.recovery.tree import FLAGGED, Tree
+from agent.system.block import ExtentFlag, extent_map
 
 _READ: Final = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW
 _PATH: Final = os.O_PATH | os.O_NOFOLLOW
@@ -102,4 +103,16 @@ class Earlier:
 
 
 def _ranges(fd: int) -> list[tuple[int, int]]:
-    return [(begin, end - begin) for begin, end in inode.data_within(fd, 0, os.fstat(fd).st_size)]
+    """Return (offset, length) of a file's written extents, up to its size. SEEK_DATA would tell unwritten ones that were read as data."""
+    size, mapped = os.fstat(fd).st_size, extent_map(fd)
+    ranges: list[tuple[int, int]] = []
+    for logical, length, flags in zip(mapped.logical.tolist(), mapped.length.tolist(), mapped.flags.tolist(), strict=True):
+        if flags & ExtentFlag.DATA_INLINE:
+            return [(0, size)]
+        begin, end = logical, min(logical + length, size)
+        if flags & ExtentFlag.UNWRITTEN or begin >= end:
+            continue
+        if ranges and sum(ranges[-1]) == begin:
+            begin = ranges.pop()[0]
+        ranges.append((begin, end - begin))
+    return ranges

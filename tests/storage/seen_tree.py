@@ -39,8 +39,10 @@ def seen(root: Path) -> dict[bytes, Seen]:
     paths = [b"."]
     for above, folders, files in os.walk(top):
         paths += [os.path.relpath(os.path.join(above, name), top) for name in folders + files]
+    # Seeking comes before all reading: what was read of an unwritten extent counts as data afterwards.
+    data = {path: _data(os.path.join(top, path)) for path in paths}
     first: dict[int, bytes] = {}
-    return {path: _seen(os.path.join(top, path), path, first) for path in sorted(paths)}
+    return {path: _seen(os.path.join(top, path), path, data[path], first) for path in sorted(paths)}
 
 
 def differences(one: dict[bytes, Seen], other: dict[bytes, Seen], *, made: bytes = b"") -> list[str]:
@@ -57,10 +59,10 @@ def differences(one: dict[bytes, Seen], other: dict[bytes, Seen], *, made: bytes
     return found
 
 
-def _seen(full: bytes, path: bytes, first: dict[int, bytes]) -> Seen:
+def _seen(full: bytes, path: bytes, data: tuple[tuple[int, int], ...], first: dict[int, bytes]) -> Seen:
     about = os.lstat(full)
     is_file, is_folder, is_link = stat.S_ISREG(about.st_mode), stat.S_ISDIR(about.st_mode), stat.S_ISLNK(about.st_mode)
-    digest, data, flags, project = "", (), 0, 0
+    digest, flags, project = "", 0, 0
     if is_file or is_folder:
         fd = os.open(full, os.O_RDONLY | os.O_NOATIME)
         try:
@@ -69,7 +71,6 @@ def _seen(full: bytes, path: bytes, first: dict[int, bytes]) -> Seen:
             if is_file:
                 with open(fd, "rb", closefd=False) as file:
                     digest = hashlib.file_digest(file, "sha256").hexdigest()
-                data = _data(fd, about.st_size)
         finally:
             os.close(fd)
     names = os.listxattr(full, follow_symlinks=False)
@@ -90,13 +91,19 @@ def _seen(full: bytes, path: bytes, first: dict[int, bytes]) -> Seen:
     )
 
 
-def _data(fd: int, size: int) -> tuple[tuple[int, int], ...]:
+def _data(full: bytes) -> tuple[tuple[int, int], ...]:
+    if not stat.S_ISREG(os.lstat(full).st_mode):
+        return ()
+    fd = os.open(full, os.O_RDONLY | os.O_NOATIME)
     found, at = [], 0
-    while at < size:
-        try:
-            begin = os.lseek(fd, at, os.SEEK_DATA)
-        except OSError:
-            break
-        at = os.lseek(fd, begin, os.SEEK_HOLE)
-        found.append((begin, at))
+    try:
+        while at < os.fstat(fd).st_size:
+            try:
+                begin = os.lseek(fd, at, os.SEEK_DATA)
+            except OSError:  # nothing but a hole
+                break
+            at = os.lseek(fd, begin, os.SEEK_HOLE)
+            found.append((begin, at))
+    finally:
+        os.close(fd)
     return tuple(found)

@@ -13,7 +13,7 @@ import pytest
 
 from agent.contract.errors import DeviceBusy, FailpointHit, LandfallError, NoSuchGeneration, VerifyFailed
 from agent.contract.identity import FilesystemKind, GenerationKind
-from agent.recovery.salvage import SalvageJob, recover, salvage, undo
+from agent.recovery.salvage import SalvageJob, Way, recover, salvage, undo
 from tests.storage import recovery_fixtures
 from tests.storage.recovery_fixtures import MakeScene
 from tests.storage.salvage_scene import Built, Scene
@@ -35,13 +35,13 @@ from agent.contract.dmi import Dmi
 from agent.recovery.salvage import SalvageJob, recover, salvage
 from agent.volume.reflink import ReflinkSubstrate
 folder = Path(sys.argv[1])
-pool, transfer, digest, instruction, mounts = pickle.loads((folder / "job").read_bytes())
+pool, transfer, digest, instruction, mounts, way = pickle.loads((folder / "job").read_bytes())
 dmi = Dmi.decode((folder / "dmi").read_bytes())
 arrival = decode((folder / "arrival").read_bytes(), transfer=transfer, dmi_digest=digest, pieces=dmi.piece_total)
 substrate = ReflinkSubstrate(pool)
 substrate.recover()
 recover(substrate, mounts)
-salvage(SalvageJob(substrate, dmi, arrival, instruction, mounts))
+salvage(SalvageJob(substrate, dmi, arrival, instruction, mounts, way=way))
 """
 
 
@@ -58,18 +58,19 @@ def change(root: Path) -> None:
         (root / f"new{number}").write_bytes(os.urandom(9000))
 
 
-def prepared(scene: Scene) -> tuple[Built, SalvageJob]:
+def prepared(scene: Scene, way: Way = Way.FORWARD) -> tuple[Built, SalvageJob]:
+    """A transfer of which all arrived; that there is something to undo for a roll back, the files of some names are not designated."""
     scene.fill(fill)
     scene.change(change)
     built = scene.build()
-    return built, scene.job(built, scene.land(built))
+    return built, replace(scene.job(built, scene.land(built)), way=way)
 
 
 def child(scene: Scene, job: SalvageJob, failpoints: str) -> int:
     """Runs a salvage as a node does after a start, in a process of its own."""
     folder = scene.tmp / "child"
     folder.mkdir(exist_ok=True)
-    facts = (scene.substrate.pool.path, job.dmi.head.transfer, job.arrival.dmi_digest, job.instruction, job.mount_folder)
+    facts = (scene.substrate.pool.path, job.dmi.head.transfer, job.arrival.dmi_digest, job.instruction, job.mount_folder, job.way)
     (folder / "job").write_bytes(pickle.dumps(facts))
     (folder / "dmi").write_bytes(b"".join(job.dmi.encode()))
     (folder / "arrival").write_bytes(scene.arrival_bytes)
@@ -93,10 +94,11 @@ def nothing_left(scene: Scene, job: SalvageJob) -> None:
     assert not job.mount_folder.exists() or list(job.mount_folder.iterdir()) == []
 
 
+@pytest.mark.parametrize("way", list(Way))
 @pytest.mark.parametrize("point", POINTS)
-def test_B9_killed_at_any_step_it_is_the_base_or_done_and_runs_again(make_scene: MakeScene, point: str) -> None:
+def test_B9_killed_at_any_step_it_is_the_base_or_done_and_runs_again(make_scene: MakeScene, point: str, way: Way) -> None:
     scene = make_scene(FilesystemKind.EXT4)
-    built, job = prepared(scene)
+    built, job = prepared(scene, way)
     before = scene.substrate.generations(scene.volume)
     nth = ":3" if point == "file" else ""
     assert child(scene, job, f"recovery.{point}=kill{nth}") == -signal.SIGKILL

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import logging
-import os
+import random
 from dataclasses import replace
-from pathlib import Path
 
+import numpy as np
 import pytest
 
+from agent.contract.dmi import FileKind, Owner
+from agent.contract.identity import FilesystemKind
 from agent.contract.messages import Deletions, Salvaged
 from agent.recovery.salvage import SalvageJob, Way, undo
 from tests.storage import recovery_fixtures
+from tests.storage.random_changes import Changes
+from tests.storage.recovery_fixtures import MakeScene
 from tests.storage.salvage_model import HELD
 from tests.storage.salvage_scene import Built, Scene
 from tests.storage.seen_tree import Seen, differences, seen
+from tests.storage.test_recovery_random import SEEDS, STEPS
 from tests.storage.test_recovery_roll_forward import change, fill
 
 make_scene = recovery_fixtures.make_scene
@@ -56,3 +61,31 @@ def test_H11_H12_what_is_not_whole_is_the_bases_again(scene: Scene, caplog: pyte
     scene.change(change)
     built = scene.build_as_the_agent_does()
     both(scene, scene.job(built, scene.land(built, torn(built)), deletions=deletions), caplog)
+
+
+def lost(built: Built, chance: random.Random) -> list[int]:
+    """Chooses pieces that did not arrive: some of files, and any of what nobody needs, ext4's journal included."""
+    missing = []
+    for row in built.judged():
+        needs = built.dmi.needs(row).tolist()
+        if needs and built.dmi.kind[row] == FileKind.REGULAR and chance.random() < 0.4:
+            missing += chance.sample(needs, chance.randrange(1, len(needs) + 1))
+    spare = [Owner.FREE] if built.dmi.head.filesystem is FilesystemKind.XFS else [Owner.FREE, Owner.JOURNAL]
+    missing += [row for row in np.flatnonzero(np.isin(built.dmi.owner, spare)).tolist() if chance.random() < 0.5]
+    return missing
+
+
+@pytest.mark.parametrize("kind", list(FilesystemKind))
+@pytest.mark.parametrize("seed", SEEDS)
+def test_I3_I4_I5_both_ways_make_the_same_tree_of_random_changes(
+    make_scene: MakeScene, kind: FilesystemKind, seed: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    chance = random.Random(seed)
+    scene = make_scene(kind)
+    scene.fill(lambda root: Changes(root, chance, kind).grow(STEPS))
+    scene.change(lambda root: Changes(root, chance, kind).change(STEPS))
+    built = scene.build_as_the_agent_does()
+    arrival = scene.land(built, lost(built, chance))
+    whole = built.whole(arrival)
+    files = whole if chance.random() < 0.5 else [row for row in whole if chance.random() < 0.8]
+    both(scene, scene.job(built, arrival, files=files, deletions=chance.choice(list(Deletions))), caplog)
