@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import random
 from dataclasses import replace
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from agent.contract.dmi import FileKind, Owner
-from agent.contract.identity import FilesystemKind
+from agent.contract.identity import BLOCK_BYTES, FilesystemKind
 from agent.contract.messages import Deletions, Salvaged
 from agent.recovery.salvage import SalvageJob, Way, undo
 from tests.storage import recovery_fixtures
@@ -61,6 +62,47 @@ def test_H11_H12_what_is_not_whole_is_the_bases_again(scene: Scene, caplog: pyte
     scene.change(change)
     built = scene.build_as_the_agent_does()
     both(scene, scene.job(built, scene.land(built, torn(built)), deletions=deletions), caplog)
+
+
+def test_whole_files_are_proved_where_they_lie_and_damaged_ones_are_left_out(scene: Scene, caplog: pytest.LogCaptureFixture) -> None:
+    scene.fill(fill)
+    scene.change(change)
+    built = scene.build_as_the_agent_does()
+    arrival = scene.land(built)
+    job = scene.job(built, arrival)
+    row = built.row(b"appended")
+    spoil(scene, job, built.dmi.extents(row)[0][1])
+    tree = both(scene, job, caplog)
+    with scene.opened(scene.base) as root:
+        assert tree[b"appended"].digest == seen(root)[b"appended"].digest
+
+
+def test_metadata_that_does_not_read_back_is_not_gone_by(scene: Scene, caplog: pytest.LogCaptureFixture) -> None:
+    scene.fill(fill)
+    scene.change(change)
+    built = scene.build_as_the_agent_does()
+    job = scene.job(built, scene.land(built, torn(built)))
+    spoil(scene, job, int(built.dmi.op_block[np.flatnonzero(built.dmi.owner == Owner.METADATA)[-1]]))
+    salvaged(scene, job, Way.BACK)
+    assert "1 pieces of metadata do not read back" in caplog.text
+    assert "it is rolled forward" in caplog.text
+
+
+def test_without_all_metadata_it_is_rolled_forward(scene: Scene, caplog: pytest.LogCaptureFixture) -> None:
+    scene.fill(fill)
+    scene.change(change)
+    built = scene.build_as_the_agent_does()
+    missing = int(np.flatnonzero(built.dmi.owner == Owner.METADATA)[0])
+    salvaged(scene, scene.job(built, scene.land(built, [missing])), Way.BACK)
+    assert "1 pieces of the filesystem's metadata did not arrive" in caplog.text
+
+
+def spoil(scene: Scene, job: SalvageJob, block: int) -> None:
+    with scene.substrate.writing(job.landing) as device, open(device, "r+b") as file:
+        file.seek(block * BLOCK_BYTES + 100)
+        file.write(b"rot")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def lost(built: Built, chance: random.Random) -> list[int]:
