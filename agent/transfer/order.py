@@ -16,8 +16,36 @@ _NAMELESS: Final = 1
 _FREE: Final = 2
 _JOURNAL: Final = 3
 
-METADATA_AT: Final = 0.75
-"""After which share of the files' bytes the metadata goes."""
+METADATA_AT: Final = 0.95
+"""After which share of the files' bytes the metadata goes.
+
+A roll forward needs none of it; a roll back, several times faster when little is missing, all. Metadata that goes at a share X costs, while
+it travels, the files that would have been sent instead: at most 1 - X of the bytes. Measured were whole files as a share of the ideal
+order's at 10, 25, 50, 75, 90 and 99 % of all bytes, and from how many bytes on a roll back can be:
+
+    differential (all of its bytes)          X      10 %   25 %   50 %   75 %   90 %   99 %   roll back from
+    drill tree, ext4 (16 % metadata,         0      0.64   0.91   0.998  1      1      1      16 %
+      30 % journal)                          0.5    1      1      0.998  1      1      1      41 %
+                                             0.75   1      1      0.999  1      1      1      54 %
+                                             0.95   1      1      1      1      1      1      60 %
+                                             1      1      1      1      1      1      1      70 %
+    drill tree, XFS (28 % metadata,          0      0.65   0.60   0.94   0.995  0.999  0.999  37 %
+      9 % log)                               0.5    1      1      0.997  0.995  0.999  0.999  65 %
+                                             0.75   1      1      1      0.998  0.999  0.999  82 %
+                                             0.95   1      1      1      0.999  0.999  0.999  88 %
+                                             1      1      1      1      1      1      1      all
+    files of one size, ext4 (33 % metadata,  0.5    1      0.69   0.50   1      1      1      50 %
+      33 % journal)                          0.75   1      1      0.75   1      1      1      59 %
+                                             0.95   1      1      0.95   1      1      1      65 %
+                                             1      1      1      1      1      1      1      67 %
+    files of one size, XFS (78 % metadata    0.5    1      0.50   0.50   0.50   0.55   0.95   89 %
+      and log)                               0.75   1      0.75   0.75   0.75   0.75   0.95   95 %
+                                             0.95   1      0.95   0.95   0.95   0.95   0.95   99 %
+                                             1      1      1      1      1      1      1      all
+
+Files come before speed, so it is late: what is lost at worst is 5 % of the files, where all are of one size, and one file in a thousand
+where sizes differ; and what can be rolled back is every transfer that ends among its largest files, or after them.
+"""
 
 
 def send_order(
