@@ -10,6 +10,7 @@ from typing import Any, Final
 from agent.contract.errors import ConfigInvalid, NameRefused, RequestRefused
 from agent.contract.identity import plain_name
 from agent.serving import nfs
+from agent.system.priority import IoPriority
 
 LEAST_MARGIN_S: Final = 10.0
 """A node begins to give a volume up so long before its lease ends; the steps have half of that, and 5 s are left."""
@@ -41,6 +42,7 @@ class Config:
     metrics_textfile: str = ""
     service_interface: str = ""
     lease_margin_s: float = LEAST_MARGIN_S
+    io_priority: IoPriority = IoPriority.NORMAL
 
 
 def read_config(path: Path) -> Config:
@@ -74,9 +76,11 @@ def read_config(path: Path) -> Config:
         raise ConfigInvalid(f"{path}: volume_group is named if and only if substrate is lvm-thin or lvm-snapshot")
     if not 0 < config.snapshot_percent <= 100:
         raise ConfigInvalid(f"{path}: snapshot_percent is {config.snapshot_percent:g}, it must be more than 0 and at most 100")
+    if config.io_priority not in set(IoPriority):
+        raise ConfigInvalid(f"{path}: io_priority is {config.io_priority}, it must be one of {', '.join(IoPriority)}")
     if config.lease_margin_s < (0.5 if config.lab else LEAST_MARGIN_S):
         raise ConfigInvalid(f"{path}: lease_margin_s is {config.lease_margin_s:g}, it must be {LEAST_MARGIN_S:g} or more")
-    return _with_nfs(path, config)
+    return replace(_with_nfs(path, config), io_priority=IoPriority(config.io_priority))
 
 
 def _with_nfs(path: Path, config: Config) -> Config:

@@ -96,6 +96,9 @@ MIGRATIONS: Final = (
     """
     ALTER TABLE lease ADD COLUMN term INTEGER NOT NULL DEFAULT 0;
     """,
+    """
+    ALTER TABLE volume ADD COLUMN together TEXT NOT NULL DEFAULT '';
+    """,
 )
 """Each takes the catalog from the version that is its index to the next."""
 
@@ -116,6 +119,7 @@ class VolumeEntry:
     address: str = ""  # where clients find it, such as 192.0.2.100/24
     schedule: str = ""  # when it is replicated, in systemd's calendar syntax; empty: when somebody says so
     keep: Keep = field(default_factory=Keep)
+    together: str = ""  # those of one name and one primary are replicated together when one of them is due; empty: it is by itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,7 +209,7 @@ class Catalog:
         row = (str(entry.id), entry.name, entry.primary, entry.secondary, entry.filesystem.value, entry.size_bytes)
         try:
             with self.change() as db:
-                db.execute("INSERT INTO volume VALUES (?, ?, ?, ?, ?, ?, '', 1, '', '', '')", row)
+                db.execute("INSERT INTO volume VALUES (?, ?, ?, ?, ?, ?, '', 1, '', '', '', '')", row)
                 self._set_rules(db, entry)
         except sqlite3.IntegrityError as error:
             raise VolumeExists(f"there is a volume {entry.name} already") from error
@@ -238,8 +242,8 @@ class Catalog:
         """Return all volumes by name."""
         return [self._volume(row) for row in self._db.execute("SELECT * FROM volume ORDER BY name").fetchall()]
 
-    def _volume(self, row: tuple[str, str, str, str, str, int, str, int, str, str, str]) -> VolumeEntry:
-        number, name, primary, secondary, filesystem, size_bytes, deletions, epoch, address, schedule, keep = row
+    def _volume(self, row: tuple[str, str, str, str, str, int, str, int, str, str, str, str]) -> VolumeEntry:
+        number, name, primary, secondary, filesystem, size_bytes, deletions, epoch, address, schedule, keep, together = row
         priorities = self._db.execute("SELECT prefix, level FROM priority WHERE volume = ? ORDER BY level DESC, prefix", (number,))
         patterns: dict[str, list[str]] = {}
         for atomic, pattern in self._db.execute("SELECT name, pattern FROM atomic_set WHERE volume = ? ORDER BY name, pattern", (number,)):
@@ -258,6 +262,7 @@ class Catalog:
             address,
             schedule,
             Keep.parse(keep),
+            together,
         )
 
     @staticmethod
@@ -271,6 +276,7 @@ class Catalog:
             "address": entry.address,
             "schedule": entry.schedule,
             "keep": str(entry.keep),
+            "together": entry.together,
         }
         columns = ", ".join(f"{column} = ?" for column in laid_down)
         db.execute(f"UPDATE volume SET {columns} WHERE id = ?", (*laid_down.values(), number))  # noqa: S608 - names of ours

@@ -62,8 +62,8 @@ finish() {
     exit "$status"
 }
 
-# Shares for anybody, as there is no directory of users; and patience, as an emulated machine on a busy host takes seconds to start a program.
-lab_settings='"landfall_lab": true, "landfall_agent_settings": {"smb_guest": true}, "landfall_settings": {"connect_limit_s": 60.0, "silence_limit_s": 20.0}'
+# Shares for anybody on the lab's network, as there is no directory of users; and patience, as an emulated machine on a busy host takes seconds to start a program.
+lab_settings='"landfall_lab": true, "landfall_agent_settings": {"smb_guest": true, "nfs_clients": ["10.78.0.0/24"], "nfs_squash": "none"}, "landfall_settings": {"connect_limit_s": 60.0, "silence_limit_s": 20.0}'
 # Connections of its own: Ansible keeps them open for a while, and those of another run may lead to a machine that has been restored since.
 provision() {
     inside env ANSIBLE_TIMEOUT=180 ANSIBLE_SSH_CONTROL_PATH_DIR="$sockets" build/venv/bin/ansible-playbook --inventory build/vm/inventory.yml \

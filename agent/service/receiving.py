@@ -33,6 +33,7 @@ from agent.service.node import Node, ProgressCall
 from agent.service.transfers import interrupted, is_held, records_of
 from agent.system.clock import wall_ns
 from agent.system.failpoint import failpoint
+from agent.system.priority import io_priority
 from agent.transfer.receiver import ReceiveJob, Receiver, Volumes
 from agent.transfer.store import TransferRecord
 from agent.volume.substrate import VolumeRecord, Workspace, WorkspaceKind
@@ -84,7 +85,8 @@ class _Reception:
     def _run(self) -> None:
         node, transfer = self._node, self._transfer
         try:
-            self._receiver.run()
+            with io_priority(node.config.io_priority):
+                self._receiver.run()
         except Exception as error:
             if transfer.mends:
                 mending.forget(node, transfer)

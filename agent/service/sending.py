@@ -15,6 +15,7 @@ from agent.service.node import Node, ProgressCall
 from agent.service.transfers import changed_bytes, known_transfer
 from agent.system.clock import wall_ns
 from agent.system.failpoint import failpoint
+from agent.system.priority import io_priority
 from agent.transfer.sender import SendJob, send
 from agent.transfer.store import TransferRecord
 from agent.volume import filesystem
@@ -26,7 +27,7 @@ def build_transfer(node: Node, arguments: m.BuildTransfer, progress: ProgressCal
     record = node.record(arguments.target.volume)
     node.generation(arguments.base)
     node.generation(arguments.target)
-    with node.job(record.id, "transfer.build"):
+    with node.job(record.id, "transfer.build"), io_priority(node.config.io_priority):
         node.store.create(
             TransferRecord(
                 arguments.transfer,
@@ -58,7 +59,7 @@ def build_transfer(node: Node, arguments: m.BuildTransfer, progress: ProgressCal
 def send_transfer(node: Node, arguments: m.SendTransfer, progress: ProgressCall) -> m.Sent:
     """Send until NAS 2 has committed. LinkLost: what is durable there stays, and sending again sends only the rest."""
     transfer = known_transfer(node, arguments.transfer, sending=True)
-    with node.job(transfer.target.volume, "transfer.send"):
+    with node.job(transfer.target.volume, "transfer.send"), io_priority(node.config.io_priority):
         node.store.set_state(transfer.id, m.TransferState.RUNNING)
 
         def still_sound() -> None:

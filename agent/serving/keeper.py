@@ -6,6 +6,9 @@ the end of a lease (``margin_s``) it marks the tenure as ended, and then ends th
 unwritable: each step even if the one before failed, and again as long as there is something left to do. From the mark on no renewal helps.
 If it dies, the agent starts another; if both do, the node has lost more than its lease.
 
+Half of the margin is for the exports and the address, all steps at their limits: a look (EVERY_S), the hands (HANDS_S), SMB (HANDS_S), NFS
+(an eighth of the margin). So with a margin of 10 s clients have reached nothing for 5 s when a lease ends, whatever hangs.
+
 Usage: python -m agent.serving.keeper ORDER, where ORDER is a KeeperOrder as JSON.
 """
 
@@ -18,6 +21,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final, NoReturn
 from uuid import UUID
@@ -26,7 +30,7 @@ from agent.contract.errors import DeviceBusy, LandfallError
 from agent.contract.messages import from_document, to_document
 from agent.serving import address as addresses
 from agent.serving.exports import Share
-from agent.serving.machine import Machine
+from agent.serving.machine import Machine, Smb
 from agent.serving.nfs import Nfs
 from agent.serving.tenure import Tenure, Tenures, is_over
 from agent.system import clock
@@ -91,9 +95,8 @@ def keep(order: KeeperOrder, machine: Machine, leave: Callable[[], NoReturn], *,
     tenures = Tenures(order.folder)
     while True:
         _leave_if_idle(order, machine, tenures, leave)
-        for tenure in tenures.all():
-            if is_over(tenure, clock.boottime_ns(), order.margin_s):
-                _give_up(order, machine, tenures, tenure.volume)
+        if _to_give_up(order, machine, tenures):
+            _give_up(order, machine, tenures)
         clock.sleep(every_s)
 
 
@@ -116,52 +119,72 @@ def _is_left(order: KeeperOrder, machine: Machine, tenure: Tenure) -> bool:
     return is_mounted or bool(tenure.address and machine.addresses.is_held(addresses.parse(tenure.address)))
 
 
-def _give_up(order: KeeperOrder, machine: Machine, tenures: Tenures, volume: UUID) -> None:
-    """Mark, end the exports, give up the address, make unwritable. Whoever serves anew holds the same lock, but not for ever."""
+def _give_up(order: KeeperOrder, machine: Machine, tenures: Tenures) -> None:
+    """Mark, end the exports, give up the addresses, make unwritable: whatever is over by now, and what is over when that is done.
+
+    The leases of one management node end one right after the other: what other volumes had exported waits until none is left to give up.
+    Whoever serves anew holds the same lock, but not for ever.
+    """
+    given_up: dict[UUID, Tenure] = {}
+    samba = machine.smb(
+        Path(order.samba), order.samba_address, order.samba_port, order.samba_guest, lambda: _addresses_without(tenures, given_up)
+    )
     with contextlib.ExitStack() as hands:
         with contextlib.suppress(DeviceBusy):  # an agent that was stopped while it held them
             hands.enter_context(locked(order.folder / "hands", wait_s=HANDS_S))
-        for tenure in tenures.all():
-            if tenure.volume != volume or not is_over(tenure, clock.boottime_ns(), order.margin_s):
-                continue
-            if tenures.ended(tenure) is not None and not _is_left(order, machine, tenure):
-                continue
-            is_first = tenures.ended(tenure) is None
-            if is_first:
+        shared: tuple[Share, ...] = ()
+        with _going_on([], "what is exported could not be read"):
+            shared = samba.shares()
+        while over := [found for found in _to_give_up(order, machine, tenures) if found.volume not in given_up]:
+            given_up |= {tenure.volume: tenure for tenure in over}
+            first = [tenure for tenure in over if tenures.ended(tenure) is None]
+            for tenure in first:
                 tenures.mark_ended(tenure, REASON)
-            how = _end(order, machine, tenures, tenure)
-            if is_first:
-                tenures.mark_ended(tenure, f"{REASON}: {how}")
-                log.info("volume %s: %s: %s", tenure.name, REASON, how)
+            for tenure, how in zip(over, _end(order, machine, samba, over), strict=True):
+                if tenure in first:
+                    tenures.mark_ended(tenure, f"{REASON}: {how}")
+                    log.info("volume %s: %s: %s", tenure.name, REASON, how)
+        names = {tenure.name for tenure in given_up.values()}
+        if given_up and (others := tuple(share for share in shared if share.name not in names)):
+            with _going_on([], "the other shares could not be exported again"):
+                samba.export_all(others, limit_s=order.margin_s / 8)
 
 
-def _end(order: KeeperOrder, machine: Machine, tenures: Tenures, tenure: Tenure) -> str:
-    """Return in words what was done."""
-    done: list[str] = []
-    samba = machine.smb(
-        Path(order.samba), order.samba_address, order.samba_port, order.samba_guest, lambda: _addresses_without(tenures, tenure.address)
-    )
-    others = tuple(share for share in samba.shares() if share.name != tenure.name)
-    with _going_on(done, "the exports could not be ended"):
+def _to_give_up(order: KeeperOrder, machine: Machine, tenures: Tenures) -> list[Tenure]:
+    """Return the tenures that are over, and of which something is left."""
+    over = [tenure for tenure in tenures.all() if is_over(tenure, clock.boottime_ns(), order.margin_s)]
+    return [tenure for tenure in over if tenures.ended(tenure) is None or _is_left(order, machine, tenure)]
+
+
+def _end(order: KeeperOrder, machine: Machine, samba: Smb, over: list[Tenure]) -> list[str]:
+    """Return in words what was done for each; none is reached by a client any more before the first is made unwritable."""
+    exports: list[str] = []
+    with _going_on(exports, "the exports could not be ended"):
         samba.stop(limit_s=HANDS_S)
-        done.append("exports ended")
-    if tenure.address:
-        with _going_on(done, "the address could not be given up"):
-            machine.addresses.remove(addresses.parse(tenure.address))
-            done.append("address given up")
-    with _going_on(done, "the NFS export could not be ended"):  # only now that nobody can ask whether it is there
-        nfs = Nfs(Path(order.nfs), order.nfs_clients)
-        nfs.close(Share(tenure.name, Path(order.mounts) / tenure.name), limit_s=order.margin_s / 8)
-    with _going_on(done, "the volume could not be made unwritable"):
-        done.append(machine.make_unwritable(Path(order.mounts) / tenure.name, limit_s=order.margin_s / 5))
-    if others:
-        with _going_on(done, "the other shares could not be exported again"):
-            samba.export_all(others)
-    return ", ".join(done)
+        exports.append("exports ended")
+    done = [list(exports) for _ in over]
+    for tenure, words in zip(over, done, strict=True):
+        if tenure.address:
+            with _going_on(words, "the address could not be given up"):
+                machine.addresses.remove(addresses.parse(tenure.address))
+                words.append("address given up")
+    nfs, until_s = Nfs(Path(order.nfs), order.nfs_clients), clock.monotonic_s() + order.margin_s / 8
+    for tenure, words in zip(over, done, strict=True):
+        with _going_on(words, "the NFS export could not be ended"):  # only now that nobody can ask whether it is there
+            nfs.close(Share(tenure.name, Path(order.mounts) / tenure.name), limit_s=until_s - clock.monotonic_s())
+    ending = [
+        machine.threads.beside(partial(machine.make_unwritable, Path(order.mounts) / tenure.name, limit_s=order.margin_s / 5))
+        for tenure in over
+    ]
+    for ended, words in zip(ending, done, strict=True):
+        with _going_on(words, "the volume could not be made unwritable"):
+            words.append(ended())
+    return [", ".join(words) for words in done]
 
 
-def _addresses_without(tenures: Tenures, address: str) -> tuple[str, ...]:
-    return tuple(str(addresses.parse(other.address).ip) for other in tenures.all() if other.address and other.address != address)
+def _addresses_without(tenures: Tenures, given_up: dict[UUID, Tenure]) -> tuple[str, ...]:
+    gone = {tenure.address for tenure in given_up.values()}
+    return tuple(str(addresses.parse(other.address).ip) for other in tenures.all() if other.address and other.address not in gone)
 
 
 @contextlib.contextmanager

@@ -62,9 +62,9 @@ class Samba:
         others = tuple(other for other in self.shares() if other.name != share.name)
         self._apply((*others, share))
 
-    def export_all(self, shares: tuple[Share, ...]) -> None:
-        """Serve exactly these."""
-        self._apply(shares)
+    def export_all(self, shares: tuple[Share, ...], *, limit_s: float = START_LIMIT_S) -> None:
+        """Serve exactly these; CommandFailed if smbd does not answer within ``limit_s``, which it may do later."""
+        self._apply(shares, limit_s)
 
     def dismiss(self, share: Share) -> None:
         """End a share and its clients' connections to it; the last share ends smbd."""
@@ -89,6 +89,7 @@ class Samba:
         pid = self._pid()
         if pid is None:
             return
+        _signal(pid, signal.SIGSTOP)  # it takes no more connections, each of which is a process
         for child in _descendants(pid):
             _signal(child, signal.SIGKILL)
         _signal(pid, signal.SIGKILL)
@@ -105,7 +106,7 @@ class Samba:
         names = ", ".join(share.name for share in shares)
         return CommandFailed(f"smbd does not answer for {names}", fix="Look at log.smbd in the agent's run folder; serve the volume again.")
 
-    def _apply(self, shares: tuple[Share, ...]) -> None:
+    def _apply(self, shares: tuple[Share, ...], limit_s: float = START_LIMIT_S) -> None:
         for name in ("private", "lock", "state", "cache", "ncalrpc", "pid"):
             (self.folder / name).mkdir(mode=0o755, parents=True, exist_ok=True)
         text = self._text(shares)
@@ -114,7 +115,7 @@ class Samba:
         write_durably(self._config, text.encode(), mode=0o644)
         if self._pid() is None:
             run(["smbd", "--daemon", f"--configfile={self._config}", f"--log-basename={self.folder}"])
-            _wait(self._answers, "smbd did not start")
+            _wait(self._answers, "smbd did not start", limit_s)
         else:
             run(["smbcontrol", f"--configfile={self._config}", "smbd", "reload-config"])
 
@@ -187,16 +188,18 @@ class Samba:
 
 
 def _descendants(pid: int) -> list[int]:
-    found: list[int] = []
+    """Return a process's children and theirs, from one look at all processes: there may be a client behind each of them."""
+    children: dict[int, list[int]] = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
-            fields = path.read_text().rpartition(")")[2].split()
+            fields = path.read_bytes().rpartition(b")")[2].split()  # a name can be any bytes
         except OSError:
             continue
-        if int(fields[1]) == pid:
-            child = int(path.parent.name)
-            found += [child, *_descendants(child)]
-    return found
+        children.setdefault(int(fields[1]), []).append(int(path.parent.name))
+    found = [pid]
+    for parent in found:
+        found += children.get(parent, [])
+    return found[1:]
 
 
 def _signal(pid: int, number: signal.Signals) -> None:
@@ -206,6 +209,6 @@ def _signal(pid: int, number: signal.Signals) -> None:
         return
 
 
-def _wait(condition: Callable[[], bool], sentence: str, limit_s: float = START_LIMIT_S) -> None:
+def _wait(condition: Callable[[], bool], sentence: str, limit_s: float) -> None:
     if not wait_until(condition, limit_s):
         raise CommandFailed(sentence, cause=f"not within {limit_s:g} s")

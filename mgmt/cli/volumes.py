@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from agent.contract.identity import FilesystemKind
+from agent.contract.identity import FilesystemKind, plain_name
 from agent.contract.messages import Appraised, Deletions, to_document
 from mgmt.cli.place import Place, as_json_option, at_place, volume_argument, want, want_name, yes_option
 from mgmt.sizes import Size
@@ -36,6 +36,11 @@ def rules(function: Callable[..., None]) -> Callable[..., None]:
         click.option("--atomic", multiple=True, metavar="NAME=PATTERN", help="All or none of these files; give a NAME several times."),
         click.option("--address", help="Where clients find it, on whichever node serves it: such as 192.0.2.100/24; '' for none."),
         click.option("--schedule", metavar="CALENDAR", help="When `landfall watch` replicates it, as in a systemd timer; '' for never."),
+        click.option(
+            "--together",
+            metavar="NAME",
+            help="`landfall watch` replicates volumes of one NAME (and primary) together, when one of them is due; '' for by itself.",
+        ),
         click.option("--keep", metavar="RULE", help="Generations to keep, such as last=16,hourly=24,daily=7; '' for the configuration's."),
     ):
         function = option(function)
@@ -67,6 +72,7 @@ def volume_add(
     atomic: tuple[str, ...],
     address: str | None,
     schedule: str | None,
+    together: str | None,
     keep: str | None,
     as_json: bool,
 ) -> None:
@@ -75,7 +81,7 @@ def volume_add(
     from mgmt.determination import Policy
     from mgmt.terminal import say, show_json
 
-    levels, sets, timing = _levels(priorities), _sets(atomic), _timing(schedule, keep)
+    levels, sets, timing = _levels(priorities), _sets(atomic), _timing(schedule, together, keep)
     with place.site() as site:
         primary, secondary = _nodes(site.inventory.names, primary, secondary)
         facts = run.add_volume(
@@ -118,6 +124,7 @@ def volume_adopt(
     atomic: tuple[str, ...],
     address: str | None,
     schedule: str | None,
+    together: str | None,
     keep: str | None,
     yes: bool,
     as_json: bool,
@@ -133,7 +140,7 @@ def volume_adopt(
     from mgmt.terminal import say, show_json
     from mgmt.view import bytes_words
 
-    levels, sets, timing = _levels(priorities), _sets(atomic), _timing(schedule, keep)
+    levels, sets, timing = _levels(priorities), _sets(atomic), _timing(schedule, together, keep)
 
     with place.site() as site:
         one, other = _nodes(site.inventory.names, primary, secondary)
@@ -189,6 +196,7 @@ def volume_list(place: Place, as_json: bool) -> None:
             ", ".join(atomic.name for atomic in entry.policy.atomic_sets) or "-",
             entry.address or "-",
             entry.schedule or "-",
+            entry.together or "-",
             str(entry.keep) or "-",
         )
         for entry in entries
@@ -204,6 +212,7 @@ def volume_list(place: Place, as_json: bool) -> None:
         "atomic sets",
         "address",
         "schedule",
+        "together",
         "keeps",
     )
     show([Sheet(columns, rows)])
@@ -224,6 +233,7 @@ def volume_set(
     atomic: tuple[str, ...],
     address: str | None,
     schedule: str | None,
+    together: str | None,
     keep: str | None,
     no_priorities: bool,
     no_atomic: bool,
@@ -234,7 +244,7 @@ def volume_set(
     from mgmt.determination import Policy
     from mgmt.terminal import say, show_json
 
-    levels, sets, timing = _levels(priorities), _sets(atomic), _timing(schedule, keep)
+    levels, sets, timing = _levels(priorities), _sets(atomic), _timing(schedule, together, keep)
     with place.site() as site:
         entry = site.catalog.volume(volume)
         kept = {found.name: found for found in (() if no_atomic else entry.policy.atomic_sets)} | {found.name: found for found in sets}
@@ -335,8 +345,8 @@ def _sets(atomic: tuple[str, ...]) -> tuple[AtomicSet, ...]:
     return tuple(AtomicSet(name, tuple(listed)) for name, listed in patterns.items())
 
 
-def _timing(schedule: str | None, keep: str | None) -> dict[str, Any]:
-    """Return what was said of schedule and retention, proved."""
+def _timing(schedule: str | None, together: str | None, keep: str | None) -> dict[str, Any]:
+    """Return what was said of when, with what, and retention, proved."""
     from agent.system.clock import wall_ns
     from mgmt.keep import Keep
     from mgmt.watch.schedule import next_due_ns
@@ -346,6 +356,8 @@ def _timing(schedule: str | None, keep: str | None) -> dict[str, Any]:
         if schedule and next_due_ns(schedule, wall_ns() // 10**9) is None:
             raise click.BadParameter(f"{schedule!r} never comes again", param_hint="--schedule")
         timing["schedule"] = schedule
+    if together is not None:
+        timing["together"] = plain_name(together) if together else ""
     if keep is not None:
         timing["keep"] = Keep.parse(keep)
     return timing

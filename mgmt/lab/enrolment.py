@@ -137,7 +137,6 @@ socket = "{AGENT_SOCKET}"
 mount_dir = "{NODE_ROOT}/srv"
 replication_address = "{node.address}"
 lab = true
-lease_margin_s = 2.0
 {on_group if substrate is not LabSubstrate.REFLINK else ""}"""
 
 

@@ -1,8 +1,8 @@
 """Several volumes frozen together: one generation of each, all of one moment, so that none shows an effect without its cause in another.
 
-It is said at each order, not laid down: what belongs together is then plain where it is wanted, a volume is in no set that somebody
-forgot, and the order after it may name others. All generations are on the primary before the first is sent. They arrive one after the
-other: whoever fails over in between finds the volumes that have arrived at this moment, the others at the one before (or salvaged).
+Each order names its volumes; what `landfall watch` orders by schedule is laid down with the volumes (``VolumeEntry.together``). All
+generations are on the primary before the first is sent. They arrive one after the other: whoever fails over in between finds the volumes
+that have arrived at this moment, the others at the one before (or salvaged).
 """
 
 from __future__ import annotations

@@ -73,16 +73,60 @@ class Facts:
     term: int = 0  # of this management node
 
 
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A volume of a set that is replicated together. ``hinders``: as long as that is so, none of the set can be."""
+
+    name: str
+    decision: Decision
+    hinders: bool
+
+
 def decide(facts: Facts) -> Decision:
     """Return the first that applies; what only waits says so where nobody serves the volume, and nobody but an operator can end that."""
-    for found in (_overruled, _contested, _refused, _silent, _unconfirmed, _unfinished):
-        if decision := found(facts):
-            return decision
+    if decision := _pressing(facts):
+        return decision
     decision, primary = _scheduled(facts), facts.standing.primary
     if decision.act is Act.WAIT and primary.facts is not None and primary.facts.rests:
         told = f"{primary.node} was told to stop serving it, `landfall serve {facts.standing.volume.name}` lets it"
         return Decision(Act.WAIT, f"{decision.sentence}; {told}")
     return decision
+
+
+def is_at_rest(facts: Facts) -> bool:
+    """Whether there is nothing about a volume but its schedule."""
+    return _pressing(facts) is None
+
+
+def in_step(members: tuple[Member, ...]) -> tuple[Decision, ...]:
+    """Return what is done for the volumes of a set: all that is to be replicated is, together, or nothing of it is.
+
+    What has arrived waits for what has not: the set is of one moment only when all of it is on the other node.
+    """
+    hindering = next((member for member in members if member.hinders), None)
+    sent = [member for member in members if not member.hinders and member.decision.act is Act.REPLICATE]
+    found = []
+    for member in members:
+        decision = member.decision
+        if member in sent and hindering is not None:
+            decision = _behind(hindering)
+        elif member in sent and len(members) > 1:
+            others = " and ".join(other.name for other in members if other is not member)
+            decision = Decision(Act.REPLICATE, f"{decision.sentence}, together with {others}")
+        elif not member.hinders and sent and hindering is None and member not in sent:
+            decision = _behind(sent[0])
+        found.append(decision)
+    return tuple(found)
+
+
+def _behind(other: Member) -> Decision:
+    return Decision(Act.WAIT, f"waits for {other.name}, which {other.decision.sentence}")
+
+
+def _pressing(facts: Facts) -> Decision | None:
+    """What comes before the schedule."""
+    found = (look(facts) for look in (_overruled, _contested, _refused, _silent, _unconfirmed, _unfinished))
+    return next((decision for decision in found if decision), None)
 
 
 def _overruled(facts: Facts) -> Decision | None:

@@ -1,4 +1,5 @@
-"""What replication costs the clients: fio on the served volume alone, while cycles run one after another, and while they are limited.
+"""What replication costs the clients: fio on the served volume alone, while cycles run one after another, while they are limited in their
+rate, and while they have the I/O priority `idle`.
 
 ``python -m tests.bench foreground [--fs ext4] [--seconds 20] [--rounds 5] [--limit-mb 10] [--short]``
 
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from agent.contract.identity import FilesystemKind
+from agent.system.priority import IoPriority
 from tests.bench.cycle_scene import NAS1, Scene, scene
 from tests.bench.harness import Figure, keep, machine, medians, parsed, parser, turn
 from tests.bench.workloads import MIB
@@ -27,6 +29,7 @@ from tests.bench.workloads import MIB
 ALONE: Final = "alone"
 CYCLES: Final = "while cycles run"
 LIMITED: Final = "while limited cycles run"
+IDLE: Final = "while cycles of idle priority run"
 _FILE_MIB: Final = 256
 
 
@@ -65,7 +68,7 @@ def main(arguments: Sequence[str] = ()) -> int:
     rate, late = medians(measured.iops), medians(measured.p99_ms)
     found = [
         figure
-        for phase in (CYCLES, LIMITED)
+        for phase in (CYCLES, LIMITED, IDLE)
         for figure in (
             Figure(f"foreground operations {phase}, of those alone", rate[phase] / rate[ALONE], gross=0.05),
             Figure(f"foreground latency (99th percentile) {phase}, times that alone", late[phase] / late[ALONE], more_is_better=False),
@@ -76,10 +79,11 @@ def main(arguments: Sequence[str] = ()) -> int:
 
 def measure(made: Scene, filesystem: str, rounds: int, seconds: int, limit_mb: int) -> Measured:
     """Return what the phases gave, in turns."""
-    limits = {ALONE: None, CYCLES: 0, LIMITED: limit_mb * 1_000_000}
+    limits = {ALONE: None, CYCLES: 0, LIMITED: limit_mb * 1_000_000, IDLE: 0}
     measured = Measured(filesystem, seconds, limit_mb, {}, {}, {})
     for number in range(rounds):
         for phase in turn(list(limits), number):
+            made.prioritise(IoPriority.IDLE if phase == IDLE else IoPriority.NORMAL)
             made.cycle()
             made.settle()
             limit, ended = limits[phase], 0

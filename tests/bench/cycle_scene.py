@@ -15,11 +15,12 @@ from agent.contract import messages as m
 from agent.contract.dmi import Dmi
 from agent.contract.identity import BLOCK_BYTES, FilesystemKind, GenerationId
 from agent.system.clock import monotonic_s
+from agent.system.priority import IoPriority
 from agent.system.run import run
 from mgmt import run as operations
 from mgmt.drill.disks import within_node
 from mgmt.inventory import read_inventory
-from mgmt.lab import lifecycle, processes
+from mgmt.lab import control, lifecycle, processes
 from mgmt.lab.layout import NODE_ROOT, Lab, NodeName
 from mgmt.lab.namespace import enter
 from tests.bench.harness import cold
@@ -69,6 +70,17 @@ class Scene:
         """Close the management node's connections."""
         if self._site is not None:
             self._mgmt.submit(self._site.close).result()
+
+    def prioritise(self, priority: IoPriority) -> None:
+        """Let both agents replicate with this I/O priority, from new processes."""
+        for node in (NAS1, NAS2):
+            settings = self.lab.node(node) / "etc" / "agent.toml"
+            lines = [line for line in settings.read_text().splitlines() if not line.startswith("io_priority")]
+            settings.write_text("\n".join([*lines, f'io_priority = "{priority}"', ""]))
+            control.kill_service(self.lab, node, "agent")
+            control.start_service(self.lab, node, "agent")
+        self.close()
+        self._site = None
 
     def add_volume(self, size_bytes: int) -> Path:
         """Make the volume and return where nas1 serves it, as this machine reaches it."""

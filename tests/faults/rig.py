@@ -30,6 +30,7 @@ from agent.contract import messages as m
 from agent.contract.errors import LandfallError
 from agent.contract.identity import FilesystemKind, GenerationId, empty_generation
 from agent.system.clock import wait_until
+from agent.system.priority import IoPriority
 from mgmt.authority import Authority
 from mgmt.lab.proxy import Endpoint, Proxy, Trigger
 
@@ -53,6 +54,7 @@ class Keeping:
 
     substrate: str = "reflink"
     volume_group: str = ""  # of the LVM substrates; reflink's images are in the node's folder
+    io_priority: IoPriority = IoPriority.NORMAL
 
 
 def _serve(folder: str, name: str, keeping: Keeping, environment: dict[str, str], sabotage: Callable[[], None] | None) -> None:
@@ -81,6 +83,7 @@ def _serve(folder: str, name: str, keeping: Keeping, environment: dict[str, str]
             lab=True,
             substrate=keeping.substrate,
             volume_group=keeping.volume_group,
+            io_priority=keeping.io_priority,
         )
     )
 

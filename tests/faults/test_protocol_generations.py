@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -30,6 +31,7 @@ from agent.contract.errors import (
 from agent.contract.frames import FrameType, Part
 from agent.contract.identity import GenerationId, empty_generation, next_generation
 from agent.system.clock import wait_until
+from agent.system.priority import IoPriority
 from agent.transfer.receiver import Receiver
 from tests.faults.case import SIZES, Case, follow, images_equal, release, served
 from tests.faults.phases import (
@@ -47,7 +49,7 @@ from tests.faults.phases import (
     untouched,
     workspaces,
 )
-from tests.faults.rig import Pair
+from tests.faults.rig import Keeping, Pair
 from tests.transfer_scene import BLOCK, Scene, make_differential
 from tests.unit.test_transfer_tls import greet, refusal
 
@@ -321,6 +323,30 @@ def test_F11_a_volume_has_one_transfer_at_a_time(ext4_case: Case) -> None:
         assert {facts.id for facts in pair.nas2.ask(m.ListTransfers()).transfers} == {ext4_case.transfer}
     release(pair.nas2)
     follow(ext4_case, pair, VERIFY)
+
+
+def test_threads_that_send_and_receive_are_behind_the_clients_and_no_others(ext4_case: Case) -> None:
+    pair = ext4_case.fresh()
+    for node in (pair.nas1, pair.nas2):
+        node.keeping = Keeping(io_priority=IoPriority.IDLE)
+    with running(pair, nas1=("src.before_batch=stop:2",)), ThreadPoolExecutor(1) as executor:
+        sending = executor.submit(ext4_case.send, pair, VERIFY, silence_limit_s=30.0)
+        assert wait_until(pair.nas1.stopped, 30.0)
+        for node in (pair.nas1, pair.nas2):
+            assert node.process is not None
+            told = priorities(node.process.pid)
+            assert "idle" in told.values()
+            assert told[node.process.pid] != "idle", "who listens for orders"
+        pair.nas1.go_on()
+        sending.result(timeout=60)
+    release(pair.nas2)
+
+
+def priorities(agent: int | None) -> dict[int | None, str]:
+    """Return what ionice says of each thread of an agent."""
+    threads = [int(task.name) for task in Path(f"/proc/{agent}/task").iterdir()]
+    told = {thread: subprocess.run(["ionice", "-p", str(thread)], capture_output=True, text=True, check=False) for thread in threads}
+    return {thread: asked.stdout.strip() for thread, asked in told.items() if not asked.returncode}
 
 
 def instruction_of_nothing(case: Case) -> m.UpdateInstruction:

@@ -42,6 +42,7 @@ LOOK_EVERY_S: Final = 0.1
 REST_S: Final = 240.0
 """A loaded machine takes its time; when all is well, a few seconds are enough."""
 POLICY: Final = "cycle_s = 0.5\nsilence_limit_s = 2.0\nconnect_limit_s = 6.0\nprobe_limit_s = 1.0\nlease_s = 8.0\n"
+MARGIN: Final = "lease_margin_s = 2.0\n"
 PATIENT: Final = "connect_limit_s = 60.0\n"
 """While nothing is to go wrong yet, a slow machine may be slow."""
 SAMBA: Final = "run/landfall/samba"
@@ -80,6 +81,11 @@ def lab_for_schedules() -> Iterator[Lab]:
         made = Lab.at(Path(folder) / "lab")
         try:
             lifecycle.up(made, pool_size_bytes=2 << 30)
+            for node in map(NodeName, NAS):
+                with open(made.node(node) / "etc" / "agent.toml", "a", encoding="utf-8") as settings:
+                    settings.write(MARGIN)
+                control.kill_service(made, node, "agent")
+                control.start_service(made, node, "agent")
             yield made
         finally:
             lifecycle.down(made)

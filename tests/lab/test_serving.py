@@ -13,6 +13,7 @@ from uuid import UUID, uuid4
 
 import pytest
 
+from agent.config import LEAST_MARGIN_S
 from agent.contract import messages as m
 from agent.contract.errors import AddressTaken, EpochStale, LeaseEnded, NodeUnreachable, NotPrimary, RequestRefused
 from agent.contract.identity import FilesystemKind
@@ -245,7 +246,9 @@ def test_I7_the_agent_dies_when_it_takes_or_drops_an_address(lab: Lab, volume: U
     assert facts(lab, NAS1, volume).serving
 
 
-LEASE_S = 15.0
+LEASE_S = 22.0
+HELD_S = 5.0
+"""So long before the end of its lease a volume has been given up."""
 WRITER = """
 import os, sys, time
 with open(sys.argv[1], "wb", buffering=0) as file:
@@ -288,7 +291,7 @@ def test_A13_I2_I4_a_lease_that_is_not_renewed_ends_in_time_whatever_became_of_t
     assert not has(lab, NAS1, SERVICE)
     assert not clients_see(lab, NAS1.address, before.name)
     assert ended_s > 5.0, "a lease was cut short"
-    assert ended_s < LEASE_S + lease_began_s(lease), f"it ended {ended_s:.1f} s after a lease of {LEASE_S:g} s was asked for"
+    assert ended_s < LEASE_S - HELD_S + lease_began_s(lease), f"it ended {ended_s:.1f} s after a lease of {LEASE_S:g} s was asked for"
     if agent == "stopped":
         program(lab, ["kill", "-CONT", pid])
     elif agent == "killed":
@@ -336,7 +339,7 @@ def test_I4_a_local_process_that_writes_does_not_keep_the_volume_writable(lab: L
 
 
 def test_a_lease_is_renewed_and_one_that_is_too_short_is_refused(lab: Lab, volume: UUID) -> None:
-    for seconds in (0.0, 1.0, 2.0, 1e9, float("-inf")):
+    for seconds in (0.0, 1.0, LEAST_MARGIN_S, 1e9, float("-inf")):
         with pytest.raises(RequestRefused):
             ask(lab, NAS1, m.RenewLease(volume, 1, seconds))
     with pytest.raises(EpochStale):
@@ -344,7 +347,7 @@ def test_a_lease_is_renewed_and_one_that_is_too_short_is_refused(lab: Lab, volum
     with pytest.raises(NotPrimary):
         ask(lab, NAS2, m.RenewLease(volume, 1, LEASE_S))
     assert facts(lab, NAS1, volume).lease_s is None
-    until = monotonic_s() + LEASE_S + 3.0
+    until = monotonic_s() + LEASE_S
     while monotonic_s() < until:
         ask(lab, NAS1, m.RenewLease(volume, 1, LEASE_S))
     assert facts(lab, NAS1, volume).serving

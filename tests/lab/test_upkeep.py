@@ -387,6 +387,36 @@ def test_volumes_are_replicated_as_of_one_moment(lab: Lab) -> None:
     replicated(lab, "first")
     command(lab, *order)
 
+    # The service does the same by the schedule of one, and goes on with a set of which one has arrived.
+    command(lab, "volume", "set", "first", "--schedule", "*:*:*", "--together", "pair")
+    command(lab, "volume", "set", "second", "--together", "pair")
+    moments = [newest_moments(lab)]
+    for begin in ((), ("--prepare",)):
+        if begin:
+            command(lab, *order, *begin)
+            replicated(lab, "first")
+        command(lab, "watch", "--once")
+        moments.append(newest_moments(lab))
+    assert all(len(moment) == 1 for moment in moments), "both are of one moment"
+    assert sorted(moments, key=min) == moments
+    assert len({min(moment) for moment in moments}) == 3
+    said = [json.loads(command(lab, "history", name, "--kind", "cycle", "--json")) for name in roots]
+    for entries, other in zip(said, ("second", "first"), strict=True):
+        assert any(f", together with {other}" in entry["sentence"] for entry in entries)
+    assert "replicated g" in said[1][-1]["sentence"]
+    command(lab, "volume", "set", "first", "--schedule", "", "--together", "")
+    assert json.loads(command(lab, "volume", "set", "second", "--together", "", "--json"))["together"] == ""
+
+
+def newest_moments(lab: Lab) -> set[int]:
+    """Return when the newest generations that nas2 has of two volumes were taken."""
+
+    def asked(site: run.Site) -> set[int]:
+        held = {facts.name: facts for facts in site.node(NAS2).ask(m.ListVolumes()).volumes}
+        return {m.newest(held[name].generations).taken_ns for name in ("first", "second")}
+
+    return managed(lab, asked)
+
 
 FILES = """
 import os, sys

@@ -306,7 +306,7 @@ class _Smb:
         _takes(self.nas.world, 0.05, 0.4)
         self.nas.changes(lambda: self.nas.shared.update({share.name: share.path}))
 
-    def export_all(self, shares: tuple[Share, ...]) -> None:
+    def export_all(self, shares: tuple[Share, ...], *, limit_s: float = 20.0) -> None:
         _takes(self.nas.world, 0.05, 0.4)
         self.nas.changes(lambda: setattr(self.nas, "shared", {share.name: share.path for share in shares}))
 

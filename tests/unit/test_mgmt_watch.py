@@ -8,20 +8,23 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from uuid import UUID, uuid4
 
 import pytest
 
 from agent.contract import messages as m
 from agent.contract.errors import BaseMismatch, ConfigInvalid, FailoverBusy, LinkLost
+from agent.contract.identity import GenerationId, empty_generation
 from agent.system.files import lock_for_life
 from mgmt import run
+from mgmt.catalog import TransferEntry
 from mgmt.failover.driver import failover
 from mgmt.failover.plan import Sight, Wish
 from mgmt.inventory import Inventory
 from mgmt.run import Site, replication
-from mgmt.watch import service
+from mgmt.watch import cycle, service
 from mgmt.watch.cycle import Watch
-from mgmt.watch.decision import Act, decide
+from mgmt.watch.decision import Act, Decision, Member, decide, in_step
 from mgmt.watch.schedule import next_due_ns
 from tests.unit.mgmt_pair import Pair, die, lose
 from tests.unit.test_mgmt_failover import fence_by
@@ -255,3 +258,45 @@ def test_the_calendar_is_systemds() -> None:
     for wrong in ("every now and then", "--help", "25:00"):
         with pytest.raises(ConfigInvalid):
             next_due_ns(wrong, NOON_S)
+
+
+def test_volumes_of_a_set_are_replicated_together_or_not_at_all() -> None:
+    due, rests = Decision(Act.REPLICATE, "replicates: it was due"), Decision(Act.WAIT, "waits until noon")
+    silent, going_on = Decision(Act.WAIT, "waits: nas2 does not answer"), Decision(Act.REPLICATE, "goes on with g00000002, which broke off")
+    for own, hinders, said in (
+        ((rests, rests), (False, False), ("waits until noon", "waits until noon")),
+        ((due, due), (False, False), ("replicates: it was due, together with log", "replicates: it was due, together with database")),
+        ((due, silent), (False, True), ("waits for log, which waits: nas2 does not answer", "waits: nas2 does not answer")),
+        ((silent, silent), (True, True), ("waits: nas2 does not answer",) * 2),
+        (
+            (rests, going_on),
+            (False, False),
+            (
+                "waits for log, which goes on with g00000002, which broke off",
+                "goes on with g00000002, which broke off, together with database",
+            ),
+        ),
+        ((due, going_on), (False, True), ("waits for log, which goes on with g00000002, which broke off", going_on.sentence)),
+    ):
+        members = tuple(Member(name, *about) for name, *about in zip(("database", "log"), own, hinders, strict=True))  # type: ignore[arg-type]
+        assert tuple(decision.sentence for decision in in_step(members)) == said
+    assert in_step((Member("alone", due, hinders=False),)) == (due,)
+
+
+def test_a_set_is_due_when_the_first_of_its_volumes_is_and_is_one_only_on_one_primary(scene: Scene) -> None:
+    site = scene.site
+    one = run.set_volume(site, "projects", schedule="hourly", together="erp")
+    assert site.catalog.volumes() == [one]
+    other = replace(one, id=UUID(int=2), name="log", schedule="*:0/30")
+    third = replace(other, id=UUID(int=3), name="third", schedule="", together="")
+    assert cycle._sets([one, other, third]) == [[one, other], [third]]
+    assert cycle._sets([one, replace(other, primary="nas2")]) == [[one], [replace(other, primary="nas2")]]
+    assert cycle._due_ns(site, [one, other]) == 0, "one was never replicated"
+    for number, begun_s in ((one.id, NOON_S), (other.id, NOON_S + 60)):
+        generation = GenerationId(number, 1, 1, "0" * 32)
+        site.catalog.begin_transfer(
+            TransferEntry(uuid4(), number, empty_generation(number), generation, m.Differential.VERIFY, begun_s * SECOND_NS)
+        )
+    assert cycle._due_ns(site, [one, other]) == (NOON_S + 1800) * SECOND_NS
+    assert cycle._due_ns(site, [one, replace(other, schedule="")]) == (NOON_S + 3600) * SECOND_NS
+    assert cycle._due_ns(site, [third]) is None

@@ -15,7 +15,7 @@ import pytest
 import testinfra
 from testinfra.host import Host
 
-from tests.vm.run import ROOT, Listing, Run, Volume, listing, logical_volumes
+from tests.vm.run import DIGESTS, ROOT, Listing, Run, Volume, listing, logical_volumes
 
 collect_ignore_glob = [] if "LANDFALL_VM_RUN" in os.environ else ["test_*.py"]
 
@@ -57,8 +57,7 @@ def nas(request: pytest.FixtureRequest) -> Host:
 @pytest.fixture(scope="session")
 def served(nas2: Host, run: Run) -> Listing:
     """Every file that nas2 serves, with attributes and digest, told by a program that is sent there."""
-    script = (ROOT / "mgmt" / "drill" / "checker" / "digests.py").read_text()
-    return listing(nas2.check_output("python3 -c %s %s", script, run.mount_point))
+    return listing(nas2.check_output("python3 -c %s %s", DIGESTS.read_text(), run.mount_point))
 
 
 @pytest.fixture(scope="session")

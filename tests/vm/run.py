@@ -10,6 +10,8 @@ from typing import Any
 from testinfra.host import Host
 
 ROOT = Path(__file__).resolve().parents[2]
+DIGESTS = ROOT / "mgmt" / "drill" / "checker" / "digests.py"
+"""A program for any Python that prints what lies below a folder."""
 Listing = dict[str, dict[str, Any]]
 
 

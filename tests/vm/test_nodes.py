@@ -26,8 +26,8 @@ DIRECTIVES = {
     "Restart": "on-failure",
 }
 NEVER = {"cap_sys_module", "cap_sys_ptrace", "cap_sys_boot", "cap_sys_rawio", "cap_sys_time"}
-SERVED_PORTS = {22, 445}
-"""SSH and SMB: all that a NAS may listen on while no transfer runs."""
+SERVED_PORTS = {22, 445, 2049}
+"""SSH, SMB and NFS: all that a NAS may listen on while no transfer runs."""
 
 
 def properties(host: Host, unit: str, *names: str) -> dict[str, str]:
@@ -191,7 +191,7 @@ def test_every_machine_has_its_own_address_and_nas2_the_volumes_as_well(run: Run
         assert [entry["local"] for link in addresses for entry in link.get("addr_info", [])] == has
 
 
-def test_no_port_is_open_but_ssh_and_smb(nas: Host) -> None:
+def test_no_port_is_open_but_those_of_ssh_smb_and_nfs(nas: Host) -> None:
     """The data port above all, which is open only while a transfer runs."""
     lines = nas.check_output("ss --no-header --listening --tcp --numeric").splitlines()
     listening = {(line.split()[3].rsplit(":", 1)[0], int(line.split()[3].rsplit(":", 1)[1])) for line in lines}

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from testinfra.host import Host
 
-from tests.vm.run import Listing, Run
+from tests.vm.run import DIGESTS, Listing, Run, listing
 
 CONTENT = ("kind", "size", "sha256", "sha256_of_blocks", "target", "device")
 """What a file that was kept at its base keeps of it; the rest may be the base's or the target's."""
@@ -101,6 +101,19 @@ def test_clients_of_smb_read_the_recovered_bytes(run: Run, mgmt: Host) -> None:
         backslashes = path.replace("/", "\\")
         read = mgmt.check_output("smbclient -N %s -c %s | sha256sum", f"//{run.address}/{run.name}", f'get "{backslashes}" -')
         assert read.split()[0] == run.target[path]["sha256"], path
+
+
+def test_clients_of_nfs_read_the_recovered_bytes(run: Run, mgmt: Host) -> None:
+    """Every recovered file, read by the management node's kernel from where the volume is found."""
+    folder = mgmt.check_output("mktemp --directory")
+    mgmt.check_output("mount --types nfs4 --options ro,vers=4.2,soft,timeo=600 %s %s", f"{run.address}:{run.mount_point}", folder)
+    try:
+        read = listing(mgmt.check_output("python3 -c %s %s", DIGESTS.read_text(), folder))
+    finally:
+        mgmt.check_output("umount %s && rmdir %s", folder, folder)
+    recovered = [path for account in run.accounts if account["outcome"] == "recovered" for path in account["paths"]]
+    assert recovered
+    assert {path: content(read.get(path)) for path in recovered} == {path: content(run.target[path]) for path in recovered}
 
 
 @pytest.mark.parametrize("word", ["dmi", "arrival"])
