@@ -211,6 +211,16 @@ class LvmSubstrate(ABC):
             self._sweep()
         failpoint("substrate.remove.after")
 
+    def refuse_growth(self, volume: UUID, size_bytes: int) -> None:
+        """LayoutUnsupported for less than the volume has, or for part of an extent."""
+        record = self._held().volume(volume)
+        if size_bytes < record.size_bytes or size_bytes % self.group.extent_bytes:
+            raise LayoutUnsupported(
+                f"volume {record.name} cannot have {size_bytes} bytes",
+                cause=f"it has {record.size_bytes}, in extents of {self.group.extent_bytes}",
+                fix=f"Name more than it has, and a multiple of {self.group.extent_bytes}.",
+            )
+
     def set_role(self, volume: UUID, role: Role, epoch: int) -> None:
         """Record the role and epoch in one commit."""
         with self._locked():

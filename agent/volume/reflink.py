@@ -219,19 +219,23 @@ class ReflinkSubstrate:
             for image_fd in held:
                 os.close(image_fd)
 
-    def grow(self, volume: UUID, size_bytes: int) -> None:
-        """Let every image of a volume be larger, by a hole at its end, and the volume with them. LayoutUnsupported for less.
-
-        What is to be done is written down first, so if we die here ``recover`` does it. An image that has neither the old nor the new
-        size is left as it is. No generation's time of modification changes: it tells whether somebody wrote to it.
-        """
+    def refuse_growth(self, volume: UUID, size_bytes: int) -> None:
+        """LayoutUnsupported for less than the volume has, or for part of a block."""
         record = self._record(volume)
         if size_bytes < record.size_bytes or size_bytes % BLOCK_BYTES:
             raise LayoutUnsupported(
                 f"volume {record.name} cannot have {size_bytes} bytes: it has {record.size_bytes}, in blocks of {BLOCK_BYTES}",
                 fix=f"Name more than it has, and a multiple of {BLOCK_BYTES}.",
             )
-        with said_plainly(f"growing volume {record.name}"):
+
+    def grow(self, volume: UUID, size_bytes: int) -> None:
+        """Let every image of a volume be larger, by a hole at its end, and the volume with them. LayoutUnsupported for less.
+
+        What is to be done is written down first, so if we die here ``recover`` does it. An image that has neither the old nor the new
+        size is left as it is. No generation's time of modification changes: it tells whether somebody wrote to it.
+        """
+        self.refuse_growth(volume, size_bytes)
+        with said_plainly(f"growing volume {self._record(volume).name}"):
             files.write_durably(self._folder(volume) / _GROWING, str(size_bytes).encode())
             failpoint("substrate.grow.before")
             self._finish_growing(self._folder(volume))

@@ -125,10 +125,14 @@ class Substrate(Protocol):
     def remove(self, volume: UUID) -> None:
         """Destroy a volume with all its generations and workspaces; DeviceBusy while any is in use."""
 
-    def grow(self, volume: UUID, size_bytes: int) -> None:
-        """Let a volume be larger: its operational volume, also while it is mounted, and by zeros at the end every generation of it.
+    def refuse_growth(self, volume: UUID, size_bytes: int) -> None:
+        """Raise what ``grow`` would raise before it changes anything."""
 
-        LayoutUnsupported for less than it has, or a size that the substrate cannot give. Asked again, what is missing is done.
+    def grow(self, volume: UUID, size_bytes: int) -> None:
+        """Let a volume be larger: its operational volume, and by zeros at the end every generation of it.
+
+        LayoutUnsupported for less than it has, or a size that the substrate cannot give; DeviceBusy while it is mounted or read, where
+        the substrate cannot do it then. Asked again, what is missing is done.
         """
 
     def set_role(self, volume: UUID, role: Role, epoch: int) -> None:

@@ -114,6 +114,66 @@ def test_C10_a_play_that_is_killed_leaves_whole_files_and_one_more_makes_all_of_
         assert within(lab.namespace(NodeName.MGMT), partial(greet, managed.entry(node))) == node
 
 
+def test_the_preflight_list_is_what_a_play_goes_by(lab: Lab, inventory: Path, tmp_path: Path) -> None:
+    program = tmp_path / "landfall"
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m mgmt.cli --lab {lab.directory} "$@"\n')
+    program.chmod(0o755)
+    words = ("--tags", "preflight", "--extra-vars", json.dumps({"landfall_program": str(program)}))
+    for node in NAS_NODES:
+        if all(found.pid is None for found in control.services(lab, node) if found.name == "agent"):
+            control.start_service(lab, node, "agent")
+    done = play(PLAYBOOKS / "verify.yml", inventory, tmp_path, *words)
+    assert (done.status, done.changed) == (0, {"mgmt": 0}), done.text
+    control.stop_service(lab, NodeName.NAS2, "agent")
+    done = play(PLAYBOOKS / "verify.yml", inventory, tmp_path, *words)
+    assert done.status != 0
+    assert "nas2, agent: " in done.text, "it says what has failed"
+    control.start_service(lab, NodeName.NAS2, "agent")
+
+
+SYSTEMCTL = """#!/bin/sh
+# What the module `systemd_service` asks and tells of one unit at a time; a file for each that was begun.
+echo "$@" >>{folder}/told
+case $1 in
+show) echo LoadState=loaded; [ -e "{folder}/$2" ] && echo ActiveState=active || echo ActiveState=inactive ;;
+is-enabled) [ -e "{folder}/$2" ] && echo enabled || {{ echo disabled; exit 1; }} ;;
+start | enable) touch "{folder}/$2" ;;
+esac
+"""
+
+
+def test_the_units_of_rehearsals_are_installed_and_their_timers_kept_and_a_second_run_changes_nothing(tmp_path: Path) -> None:
+    state, units = tmp_path / "state", tmp_path / "units"
+    for folder in (state, units, tmp_path / "bin"):
+        folder.mkdir()
+    systemctl = tmp_path / "bin" / "systemctl"
+    systemctl.write_text(SYSTEMCTL.format(folder=state))
+    systemctl.chmod(0o755)
+    hosts = tmp_path / "hosts.yml"
+    hosts.write_text(yaml.safe_dump({"all": {"hosts": {"m": HERE}}}))
+    given = {
+        "mgmt_unit_dir": str(units),
+        "mgmt_units": str(PLAYBOOKS.parent / "packaging" / "systemd"),
+        "mgmt_rehearsals": ["media"],
+        "mgmt_settings": {"state_dir": "/srv/state"},
+        "mgmt_nodes": [],
+    }
+    task = {"ansible.builtin.include_role": {"name": "mgmt", "tasks_from": "rehearsals"}, "vars": given}
+    of_host = {"PATH": f"{tmp_path / 'bin'}:{{{{ lookup('ansible.builtin.env', 'PATH') }}}}"}
+    playbook = tmp_path / "play.yml"
+    playbook.write_text(yaml.safe_dump([{"hosts": "all", "gather_facts": False, "environment": of_host, "tasks": [task]}]))
+    before = play(playbook, hosts, tmp_path, "--check")
+    assert before.status == 0, before.text
+    assert list(units.iterdir()) == []
+    first, second = play(playbook, hosts, tmp_path), play(playbook, hosts, tmp_path)
+    assert (first.status, second.status) == (0, 0), first.text + second.text
+    assert first.changed["m"] > 0
+    assert second.changed["m"] == 0, second.text
+    assert {path.name for path in state.iterdir()} == {"told", "landfall-rehearsal@media.timer"}
+    assert "ReadWritePaths=/srv/state" in (units / "landfall-rehearsal@.service.d" / "state.conf").read_text()
+    assert "OnCalendar=" in (units / "landfall-rehearsal@.timer").read_text()
+
+
 def greet(entry: NodeEntry) -> str:
     with contextlib.closing(ssh_node(entry, connect_limit_s=30.0)) as agent:
         return agent.ask(Hello()).node

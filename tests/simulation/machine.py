@@ -202,7 +202,7 @@ class Disk:
         raise AssertionError("no schedule comes to a verb that takes a disk with blocks")
 
     differential_identity = differential = reading = writing = _not_played
-    create = foreign = adopt = remove = grow = begin = branch = commit = replace = _not_played
+    create = foreign = adopt = remove = refuse_growth = grow = begin = branch = commit = replace = _not_played
 
 
 class Nas(Host):
