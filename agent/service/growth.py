@@ -14,7 +14,8 @@ from agent.volume.substrate import VolumeRecord
 
 
 def grow(node: Node, arguments: m.GrowVolume, progress: ProgressCall) -> m.VolumeFacts:
-    """Return the volume, larger. LayoutUnsupported for less than it has, TransferBusy while a transfer is open: that has the old size.
+    """Return the volume, larger. LayoutUnsupported for less than it has, TransferBusy while a transfer is open: that has the old size;
+    DeviceBusy while it is used, on a substrate that cannot do it then.
 
     The digest tables follow, so that the next differential does not read the base anew. If we die here, asking again does the rest.
     """
@@ -25,6 +26,9 @@ def grow(node: Node, arguments: m.GrowVolume, progress: ProgressCall) -> m.Volum
             raise LayoutUnsupported(
                 f"volume {record.name} has {record.size_bytes} bytes and does not shrink", fix="Make a smaller volume and copy the files."
             )
+        if arguments.dry_run:
+            node.substrate.refuse_growth(record.id, arguments.size_bytes)
+            return facts_of(node, record)
         node.substrate.grow(record.id, arguments.size_bytes)
         more = (arguments.size_bytes - record.size_bytes) // BLOCK_BYTES
         for table in node.differential_state(record.id).glob("*.digests") if more else ():

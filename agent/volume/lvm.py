@@ -187,6 +187,22 @@ def merge(of: Group, snapshot: LogicalVolume) -> None:
     _make_durable(of)
 
 
+def detach(of: Group, snapshot: LogicalVolume) -> None:
+    """Make a classic snapshot a volume of its own, which has its COW device's bytes, in one commit; the origin is not protected then.
+
+    Names, tags and UUID stay. ``rejoin`` takes it back, if neither was written meanwhile (lvconvert(8), --splitsnapshot).
+    """
+    _lvm(["lvconvert", "--yes", "--splitsnapshot", f"{of.name}/{snapshot.name}"])
+    _make_durable(of)
+
+
+def rejoin(of: Group, origin: LogicalVolume, detached: LogicalVolume, chunk_bytes: int) -> None:
+    """Make what was detached a snapshot of its origin again, in one commit; as large as the origin is now."""
+    shape = ["--type", "snapshot", "--zero", "n", "--chunksize", f"{chunk_bytes}b"]
+    _lvm(["lvconvert", "--yes", *shape, f"{of.name}/{origin.name}", f"{of.name}/{detached.name}"])
+    _make_durable(of)
+
+
 def poll(of: Group, origin: LogicalVolume) -> None:
     """Let LVM look after a merge that it began and that nobody waits for any more."""
     _lvm(["lvchange", "--poll", "y", f"{of.name}/{origin.name}"], settings="polling_interval=1")

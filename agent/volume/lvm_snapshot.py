@@ -13,6 +13,9 @@ between. On a secondary the origin holds the newest generation, and the older on
                   that is one goes before what the origin holds, and one that LVM is merging is none any more
     undo          dropping the newest generation leaves the origin without meaning; the one before is merged back
     serve         the newest generation gets a snapshot, and the origin becomes the operational volume
+    grow          while nobody uses any of it: LVM makes no origin larger that the kernel has, and a snapshot never. So the origin is
+                  journalled as having its snapshots; each becomes a volume of its own; the origin gets extents, and zeros in them; each
+                  becomes a snapshot again, as large as the origin now. ``recover`` makes them snapshots again, whatever the size
 
 Why so, and what it costs. LVM has no snapshot of a snapshot, and one could not have the pre-images of several steps on one device.
 So all are snapshots of the one moving origin: the first write to a block since G generations were taken costs up to G copies (and a
@@ -82,6 +85,7 @@ class LvmSnapshotSubstrate(LvmSubstrate):
     """Keeps the contract of ``substrate.Substrate`` with classic snapshots."""
 
     kind = "lvm-snapshot"
+    branches = False  # a snapshot of a snapshot is a copy
 
     def __init__(self, group: str, *, snapshot_percent: float = 25.0) -> None:
         """Open a volume group; NotOurs if it does not carry our tag or holds what is none of ours. ``recover`` comes before anything else.
@@ -156,14 +160,57 @@ class LvmSnapshotSubstrate(LvmSubstrate):
                 self._refuse_elsewhere(table, self._table(after, record), old, new)
             return chunks.refined(runs_of(table), table.chunk_blocks, old, new)
 
-    def grow(self, volume: UUID, size_bytes: int) -> None:
-        """LayoutUnsupported, unless the volume has that size: LVM makes no origin larger while it is in use, and its snapshots never."""
-        record = self._held().volume(volume)
-        if size_bytes != record.size_bytes:
-            raise LayoutUnsupported(
-                f"volume {record.name} has {record.size_bytes} bytes, and on {self.kind} a volume keeps its size",
-                fix="Make a larger volume and copy the files, or keep it on lvm-thin.",
+    def refuse_growth(self, volume: UUID, size_bytes: int) -> None:
+        """LayoutUnsupported as on lvm-thin, DeviceBusy while any of the volume is in use or being merged, NoSpace."""
+        super().refuse_growth(volume, size_bytes)
+        held = self._held()
+        record, origin = held.volume(volume), held.origins.get(volume) or held.operational_of(volume)
+        if size_bytes == record.size_bytes:
+            return
+        for used in (origin, *self._snapshots_of(origin)):
+            if mapper.in_use(used.uuid):
+                raise DeviceBusy(
+                    f"volume {record.name} is mounted, or a generation of it is read, and on {self.kind} it grows only while it is not",
+                    cause=f"logical volume {self.group.name}/{used.name}",
+                    fix=f"`landfall unserve {record.name}`, `landfall volume grow` again, `landfall serve {record.name}`.",
+                )
+        if origin.merging or tags.read_becoming(origin.tags) or tags.detached(origin.tags):
+            raise DeviceBusy(
+                f"the last change of volume {record.name} is not ended: a commit is being merged, or it is being made larger",
+                fix="Ask again when it is (`lvs -a` shows how far a merge is); if nothing goes on, start the agent anew.",
             )
+        missing, free = size_bytes - origin.size_bytes, lvm.free_bytes(self.group)
+        if missing > free:
+            raise self._no_space(f"volume {record.name} of {size_bytes} bytes", missing, free)
+
+    def grow(self, volume: UUID, size_bytes: int) -> None:
+        """Let a volume that nobody uses be larger, by zeros at its end. What ``refuse_growth`` raises, before anything is changed.
+
+        The tag on g0 goes last: until then no device of ours reaches what was added, so if we die before it, asked again, all of it is
+        done again. Older generations then get room for what the filesystem writes when it grows.
+        """
+        with self._locked():
+            self._after_change(volume)
+            self.refuse_growth(volume, size_bytes)
+            record = self._held().volume(volume)
+            if size_bytes == record.size_bytes:
+                return
+            self._sweep()
+            failpoint("substrate.grow.before")
+            try:
+                self._lengthen(record, size_bytes)
+            finally:
+                self._rejoin(volume)
+            failpoint("substrate.grow.half")
+            held = self._held()
+            empty = held.record_of(volume)
+            if empty.size_bytes < size_bytes:
+                lvm.extend(self.group, empty, size_bytes)
+            was, now = tags.volume_tag(record), tags.volume_tag(replace(record, size_bytes=size_bytes))
+            lvm.retag(self.group, empty, drop=[was], add=[now])
+            if volume in held.operational:
+                self._widen(volume)
+        failpoint("substrate.grow.after")
 
     def take_together(self, takes: Sequence[Take]) -> float:
         """Make the state of operational volumes at one moment generations; return the freeze in milliseconds.
@@ -220,8 +267,13 @@ class LvmSnapshotSubstrate(LvmSubstrate):
     # --- what it is made of ---
 
     def _read(self) -> Held:
-        """Read what every logical volume is. One that LVM is merging is nothing any more; one that is no snapshot yet, nothing yet."""
+        """Read what every logical volume is. One that LVM is merging is nothing any more; one that is no snapshot yet, nothing yet.
+
+        One that is no snapshot while its origin is being made larger is left out: it is neither to be read nor to be swept.
+        """
         found = [volume for volume in lvm.volumes(self.group) if _is_ours(volume)]
+        detached = frozenset[str]().union(*(tags.detached(volume.tags) - {volume.uuid} for volume in found))
+        found = [volume for volume in found if volume.origin or volume.uuid not in detached]
         plain = [volume for volume in found if not volume.origin and volume.kind != _ZERO_KIND]
         half = tuple(volume for volume in plain if not any(tag.startswith("landfall/origin/") for tag in volume.tags))
         alive = [volume for volume in found if volume not in half and not (volume.merging and volume.origin)]
@@ -358,6 +410,7 @@ class LvmSnapshotSubstrate(LvmSubstrate):
     def _after_change(self, volume: UUID) -> None:
         """End what is journalled, and merge the newest generation into an origin that serves nobody; what is in the way makes it wait."""
         try:
+            self._rejoin(volume)
             self._become(volume)
             self._merge_newest(volume)
         except (NoSpace, DeviceBusy, DeviceFailed, CommandFailed, GenerationInvalid) as error:
@@ -440,12 +493,59 @@ class LvmSnapshotSubstrate(LvmSubstrate):
         failpoint("substrate.operational.copied")
         lvm.retag(self.group, origin, drop=[tags.becoming_tag(becoming)], add=[tags.operational_tag(volume)])
 
+    def _lengthen(self, record: VolumeRecord, size_bytes: int) -> None:
+        """Give the origin extents, and zeros in them, while it has no snapshots; ``_rejoin`` gives it back what it had.
+
+        Whatever the disks held there before would otherwise be copied into each snapshot when it is zeroed.
+        """
+        origin = self._held().origins[record.id]
+        snapshots = self._snapshots_of(origin)
+        lvm.retag(self.group, origin, add=[tags.detached_tag(found.uuid) for found in (origin, *snapshots)], writable=True)
+        failpoint("substrate.grow.journalled")
+        lvm.deactivate(self.group, origin)
+        for snapshot in snapshots:
+            lvm.detach(self.group, snapshot)
+        failpoint("substrate.grow.detached")
+        if origin.size_bytes < size_bytes:
+            lvm.extend(self.group, origin, size_bytes)
+        failpoint("substrate.grow.extended")
+        lvm.activate(self.group, origin)
+        target, first = mapper.linear(self._existing(origin)), record.size_bytes // BLOCK_BYTES
+        with mapper.device_over(target, size_bytes, origin.uuid, writable=True) as path, Device.open_writing(path) as device:
+            device.write_zeros(first, device.size_blocks - first)
+            device.sync()
+
+    def _rejoin(self, volume: UUID) -> None:
+        """Make what an origin is journalled to have as snapshots its snapshots again. Repeating it does no harm.
+
+        If we die here ``recover`` goes on: until the journal is empty nothing of the volume is given to anybody.
+        """
+        held = self._held()
+        origin = held.origins.get(volume)
+        journal = tags.detached(origin.tags) if origin else None
+        if origin is None or not journal:
+            return
+        mapper.refuse_in_use(origin.uuid, "the origin")
+        lvm.deactivate(self.group, origin)
+        for found in lvm.volumes(self.group):
+            if found.uuid in journal - {origin.uuid} and not found.origin:
+                lvm.rejoin(self.group, origin, found, CHUNK_BYTES)
+                failpoint("substrate.grow.rejoined")
+        lvm.retag(self.group, origin, drop=[tags.detached_tag(found) for found in journal], writable=volume in held.operational)
+
+    def _snapshots_of(self, origin: LogicalVolume) -> list[LogicalVolume]:
+        """Return every snapshot that LVM knows of an origin, also those without a meaning."""
+        return [found for found in lvm.volumes(self.group) if found.origin == origin.uuid]
+
     def _activate(self, volume: UUID) -> None:
         """Let the kernel have the origin with its snapshots, and wait for a merge that was begun. DeviceBusy if that cannot go on.
 
-        Until the kernel merges, an origin that LVM calls merging reads as it did before: nobody may see it then.
+        Until the kernel merges, an origin that LVM calls merging reads as it did before: nobody may see it then. Nor while its snapshots
+        are detached: they would miss what is written to it.
         """
         origin = self._held().origins[volume]
+        if tags.detached(origin.tags):
+            raise DeviceBusy(f"volume {volume} is being made larger", fix="If that was cut short: start the agent anew.")
         device = mapper.by_identity(lvm.dm_uuid(self.group, origin.uuid))
         if device is None:
             lvm.activate(self.group, origin)
@@ -544,7 +644,8 @@ def _is_ours(volume: LogicalVolume) -> bool:
 
 def _content_tags(origin: LogicalVolume) -> list[str]:
     """Return the tags that say what an origin's content is, or is to be."""
-    return sorted(tag for tag in origin.tags if tag.startswith("landfall/") and not tag.startswith("landfall/origin/"))
+    kept = ("landfall/origin/", "landfall/detached/")
+    return sorted(tag for tag in origin.tags if tag.startswith("landfall/") and not tag.startswith(kept))
 
 
 def _everything(record: VolumeRecord) -> ChunkRuns:

@@ -7,6 +7,8 @@
     landfall/operational/1/VOLUME
     landfall/origin/1/VOLUME                                                      what the volume's classic snapshots are snapshots of
     landfall/becoming/1/LV-UUID                                                   an origin is being given that one's content
+    landfall/detached/1/LV-UUID                                                   on an origin that is being made larger: that one is its
+                                                                                  snapshot, also while LVM does not know it
     landfall/unfinished/1/VOLUME                                                  swept by ``recover``
     landfall/instead-of/1/LV-UUID                                                 that one has lost its place to this one, and is swept
 
@@ -46,6 +48,11 @@ def origin_tag(volume: UUID) -> str:
 def becoming_tag(lv_uuid: str) -> str:
     """Return the tag of an origin that is being given another's content."""
     return _joined("becoming", lv_uuid)
+
+
+def detached_tag(lv_uuid: str) -> str:
+    """Return the tag of an origin of which that one is a snapshot, and is to become one again."""
+    return _joined("detached", lv_uuid)
 
 
 def workspace_tag(workspace: Workspace) -> str:
@@ -117,7 +124,12 @@ def read_becoming(tags: frozenset[str]) -> str | None:
 
 def displaced(tags: frozenset[str]) -> frozenset[str]:
     """Return the UUIDs of the logical volumes whose place this one has taken."""
-    return frozenset(tag.rpartition("/")[2] for tag in tags if tag.startswith(f"landfall/instead-of/{_FORMAT}/"))
+    return _last_words(tags, "instead-of")
+
+
+def detached(tags: frozenset[str]) -> frozenset[str]:
+    """Return the UUIDs of the logical volumes that are an origin's snapshots, while it is being made larger."""
+    return _last_words(tags, "detached")
 
 
 class _Strict:
@@ -136,6 +148,10 @@ class _Strict:
 
 def _joined(what: str, *words: object) -> str:
     return "/".join(("landfall", what, _FORMAT, *map(str, words)))
+
+
+def _last_words(tags: frozenset[str], what: str) -> frozenset[str]:
+    return frozenset(tag.rpartition("/")[2] for tag in tags if tag.startswith(f"landfall/{what}/{_FORMAT}/"))
 
 
 def _words(tags: frozenset[str], what: str) -> list[str] | None:

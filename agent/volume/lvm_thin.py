@@ -41,6 +41,7 @@ class LvmThinSubstrate(LvmSubstrate):
     """Keeps the contract of ``substrate.Substrate`` with thin volumes."""
 
     kind = "lvm-thin"
+    branches = True
 
     def __init__(self, group: str, *, limits: Limits | None = None) -> None:
         """Open a volume group; NotOurs if it or its pool does not carry our tag. ``recover`` is the caller's, before anything else."""
@@ -106,14 +107,9 @@ class LvmThinSubstrate(LvmSubstrate):
         The tag on g0 goes last: if we die before it, asked again, the rest is done.
         """
         with self._locked():
+            self.refuse_growth(volume, size_bytes)
             held = self._held()
             record = held.volume(volume)
-            if size_bytes < record.size_bytes or size_bytes % self.group.extent_bytes:
-                raise LayoutUnsupported(
-                    f"volume {record.name} cannot have {size_bytes} bytes",
-                    cause=f"it has {record.size_bytes}, in extents of {self.group.extent_bytes}",
-                    fix=f"Name more than it has, and a multiple of {self.group.extent_bytes}.",
-                )
             failpoint("substrate.grow.before")
             for found in held.all_of(volume):
                 if found.size_bytes < size_bytes:

@@ -63,6 +63,7 @@ class ReflinkSubstrate:
     """Keeps the contract of ``substrate.Substrate`` with image files."""
 
     kind = "reflink"
+    branches = True
 
     def __init__(self, pool: Path) -> None:
         """Open a pool; NotOurs if it does not carry the marker. ``recover`` is the caller's, once, before anything else."""
@@ -218,19 +219,23 @@ class ReflinkSubstrate:
             for image_fd in held:
                 os.close(image_fd)
 
-    def grow(self, volume: UUID, size_bytes: int) -> None:
-        """Let every image of a volume be larger, by a hole at its end, and the volume with them. LayoutUnsupported for less.
-
-        What is to be done is written down first, so if we die here ``recover`` does it. An image that has neither the old nor the new
-        size is left as it is. No generation's time of modification changes: it tells whether somebody wrote to it.
-        """
+    def refuse_growth(self, volume: UUID, size_bytes: int) -> None:
+        """LayoutUnsupported for less than the volume has, or for part of a block."""
         record = self._record(volume)
         if size_bytes < record.size_bytes or size_bytes % BLOCK_BYTES:
             raise LayoutUnsupported(
                 f"volume {record.name} cannot have {size_bytes} bytes: it has {record.size_bytes}, in blocks of {BLOCK_BYTES}",
                 fix=f"Name more than it has, and a multiple of {BLOCK_BYTES}.",
             )
-        with said_plainly(f"growing volume {record.name}"):
+
+    def grow(self, volume: UUID, size_bytes: int) -> None:
+        """Let every image of a volume be larger, by a hole at its end, and the volume with them. LayoutUnsupported for less.
+
+        What is to be done is written down first, so if we die here ``recover`` does it. An image that has neither the old nor the new
+        size is left as it is. No generation's time of modification changes: it tells whether somebody wrote to it.
+        """
+        self.refuse_growth(volume, size_bytes)
+        with said_plainly(f"growing volume {self._record(volume).name}"):
             files.write_durably(self._folder(volume) / _GROWING, str(size_bytes).encode())
             failpoint("substrate.grow.before")
             self._finish_growing(self._folder(volume))
@@ -378,6 +383,16 @@ class ReflinkSubstrate:
         if base.volume != workspace.volume:
             raise BaseMismatch(f"{base.name} is of another volume")
         self._clone(self._held(base), self._workspace(workspace), self._record(base.volume), "begin")
+
+    def branch(self, workspace: Workspace, source: Workspace) -> None:
+        """Clone one workspace as another, replacing one of that name (DeviceBusy if that, or ``source``, is in use). NoSpace.
+
+        If we die here the old one stands, or the new one.
+        """
+        image = self._existing(source)
+        with said_plainly(f"cloning {image.name}"), images.opened(image) as image_fd:
+            lock(image_fd, image, exclusive=True)
+            self._clone(image, self._workspace(workspace), self._record(workspace.volume), "begin")
 
     def exists(self, workspace: Workspace) -> bool:
         """Whether the workspace is there, whole."""

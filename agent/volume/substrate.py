@@ -87,6 +87,7 @@ class Substrate(Protocol):
     """Operational volumes, their generations, and workspaces."""
 
     kind: str
+    branches: bool  # whether ``branch`` costs no copy, and may be asked for
 
     @property
     def disk(self) -> Path | None:
@@ -124,10 +125,14 @@ class Substrate(Protocol):
     def remove(self, volume: UUID) -> None:
         """Destroy a volume with all its generations and workspaces; DeviceBusy while any is in use."""
 
-    def grow(self, volume: UUID, size_bytes: int) -> None:
-        """Let a volume be larger: its operational volume, also while it is mounted, and by zeros at the end every generation of it.
+    def refuse_growth(self, volume: UUID, size_bytes: int) -> None:
+        """Raise what ``grow`` would raise before it changes anything."""
 
-        LayoutUnsupported for less than it has, or a size that the substrate cannot give. Asked again, what is missing is done.
+    def grow(self, volume: UUID, size_bytes: int) -> None:
+        """Let a volume be larger: its operational volume, and by zeros at the end every generation of it.
+
+        LayoutUnsupported for less than it has, or a size that the substrate cannot give; DeviceBusy while it is mounted or read, where
+        the substrate cannot do it then. Asked again, what is missing is done.
         """
 
     def set_role(self, volume: UUID, role: Role, epoch: int) -> None:
@@ -169,6 +174,10 @@ class Substrate(Protocol):
 
         At most ``room_bytes`` of it will be written (None: nobody knows): a substrate that sets room aside goes by that.
         """
+
+    def branch(self, workspace: Workspace, source: Workspace) -> None:
+        """Clone one workspace of a volume as another, replacing one of that name. DeviceBusy while ``source`` is attached; NoSuchTransfer,
+        NoSpace leave everything as it was. If we die here the old one stands, or the new one."""
 
     def exists(self, workspace: Workspace) -> bool:
         """Whether the workspace is there, whole."""

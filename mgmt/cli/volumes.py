@@ -265,7 +265,10 @@ def volume_set(
 @as_json_option
 @at_place
 def volume_grow(place: Place, volume: str, size: int, as_json: bool) -> None:
-    """Make VOLUME larger on both nodes, and its filesystem, while clients use it. The next replicate goes on from the same base."""
+    """Make VOLUME larger on both nodes, and its filesystem, while clients use it. The next replicate goes on from the same base.
+
+    On lvm-snapshot it is not served meanwhile: `landfall unserve`, grow, `landfall serve`.
+    """
     from mgmt import run
     from mgmt.terminal import say, show_json
     from mgmt.view import bytes_words

@@ -13,7 +13,6 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -219,7 +218,7 @@ class Drill:
         with self._site() as site:
             volume = site.catalog.volume(VOLUME)
             entry = next(found for found in reversed(Journal(site.catalog).entries(volume.id)) if found.ending == DONE)
-            done = self.course.failover = account(replace(entry, lost_ns=self._lost_ns))
+            done = self.course.failover = account(entry, self._lost_ns)
             if done.transfer is None:
                 raise DrillFailed("nothing was recovered of the transfer")
             statement = self.course.statement = site.catalog.newest_salvage(done.volume).statement

@@ -28,7 +28,10 @@ class Phases:
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """How far back in time the served content is, in seconds before the loss: the recovery point, of the volume and of its files."""
+    """How far back in time the served content is, of the volume and of its files: the recovery point.
+
+    In seconds before the old primary was known to be fenced: up to then it may have taken changes, and no more are lost than this says.
+    """
 
     volume: float  # of the oldest changed file
     recovered: float  # of files that are as the newest generation has them
@@ -75,15 +78,19 @@ class Account:
         )
 
 
-def account(entry: FailoverEntry) -> Account:
-    """Return the account of a failover whose volume is served."""
+def account(entry: FailoverEntry, lost_ns: int | None = None) -> Account:
+    """Return the account of a failover whose volume is served. ``lost_ns``: when the primary was lost, for who knows it to the moment."""
     plan = entry.plan
     done = {found.step: found for found in entry.steps if found.ended_ns is not None}
     served = done[Step.SERVE]
     salvage = done[Step.SALVAGE].facts if Step.SALVAGE in done else {}
     fence = (done.get(Step.FENCE) or done[Step.DEMOTE]).facts
     served_ns = served.ended_ns or 0
-    seconds = _planned(done, served_ns) if plan.kind is FailoverKind.PLANNED else _unplanned(entry, done, salvage, served_ns)
+    seconds = (
+        _planned(done, served_ns)
+        if plan.kind is FailoverKind.PLANNED
+        else _unplanned(entry, done, salvage, served_ns, entry.lost_ns if lost_ns is None else lost_ns)
+    )
     return Account(
         entry.id,
         plan.volume,
@@ -104,16 +111,16 @@ def account(entry: FailoverEntry) -> Account:
         entry.operator,
         served_ns,
         seconds,
-        _lost(entry, salvage, done[Step.PROMOTE]),
+        _lost(entry, salvage, done, lost_ns),
     )
 
 
-def _unplanned(entry: FailoverEntry, done: dict[Step, StepEntry], salvage: dict[str, float], served_ns: int) -> Phases:
-    detect = max(0.0, (entry.begun_ns - entry.lost_ns) / 1e9)
+def _unplanned(entry: FailoverEntry, done: dict[Step, StepEntry], salvage: dict[str, float], served_ns: int, lost_ns: int) -> Phases:
+    detect = max(0.0, (entry.begun_ns - lost_ns) / 1e9)
     fence = done[Step.FENCE].seconds
     determine, recover = salvage.get("determine_s", 0.0), salvage.get("recover_s", 0.0)
     serve = sum(done[step].seconds for step in (Step.PROMOTE, Step.ADDRESS, Step.SERVE))
-    whole = (served_ns - entry.lost_ns) / 1e9
+    whole = (served_ns - lost_ns) / 1e9
     return Phases(detect, fence, determine, recover, serve, max(0.0, whole - detect - fence - determine - recover - serve))
 
 
@@ -125,15 +132,16 @@ def _planned(done: dict[Step, StepEntry], served_ns: int) -> Phases:
     return Phases(0.0, fence, 0.0, recover, serve, max(0.0, whole - fence - recover - serve))
 
 
-def _lost(entry: FailoverEntry, salvage: dict[str, int], promote: StepEntry) -> Lost:
+def _lost(entry: FailoverEntry, salvage: dict[str, int], done: dict[Step, StepEntry], lost_ns: int | None) -> Lost:
     if HAND_OVER[0] in entry.plan.steps:
         return Lost(0.0, 0.0, 0.0)
+    last_write_ns = (done[Step.FENCE].ended_ns or 0) if lost_ns is None else lost_ns
 
     def before(taken_ns: int) -> float:
-        return max(0.0, (entry.lost_ns - taken_ns) / 1e9)
+        return max(0.0, (last_write_ns - taken_ns) / 1e9)
 
     if not salvage.get("generation"):
-        taken = before(promote.facts["taken_ns"])
+        taken = before(done[Step.PROMOTE].facts["taken_ns"])
         return Lost(taken, taken, taken)
     recovered, others = before(salvage["target_taken_ns"]), before(salvage["base_taken_ns"])
     return Lost(recovered if salvage["complete"] else others, recovered, recovered if salvage["complete"] else others)

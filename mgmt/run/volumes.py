@@ -132,8 +132,9 @@ def adopt_volume(
 def grow_volume(site: Site, name: str, size_bytes: int) -> m.VolumeFacts:
     """Return the volume as its primary has it, larger on both nodes; its filesystem too.
 
-    The secondary grows first: a larger copy of a smaller volume can wait, the other way round nothing could be received. If we die
-    here, the same command does the rest. TransferBusy while a transfer is open, LayoutUnsupported for less than it has.
+    Both are asked first, so that what speaks against it on one of them leaves the other as it is. Then the secondary grows first: a
+    larger copy of a smaller volume can wait, the other way round nothing could be received. If we die here, the same command does the
+    rest. TransferBusy while a transfer is open, LayoutUnsupported for less than it has, DeviceBusy while it is served on lvm-snapshot.
     """
     entry = site.catalog.volume(name)
     if size_bytes < entry.size_bytes:
@@ -146,6 +147,8 @@ def grow_volume(site: Site, name: str, size_bytes: int) -> m.VolumeFacts:
         for transfer in node.ask(m.ListTransfers()).transfers:
             if transfer.volume == entry.id and transfer.state not in {m.TransferState.COMMITTED, m.TransferState.SALVAGED}:
                 raise TransferBusy(f"transfer {transfer.id} has the old size", fix=f"`landfall replicate {name}`, then grow it.")
+    for node in nodes:
+        node.ask(m.GrowVolume(entry.id, size_bytes, dry_run=True))
     _, facts = [node.ask(m.GrowVolume(entry.id, size_bytes)) for node in nodes]
     site.catalog.grow_volume(entry.id, size_bytes)
     return facts

@@ -43,7 +43,7 @@ class Checkout:
             env={**os.environ, **environment},
             capture_output=True,
             text=True,
-            timeout=240,
+            timeout=600,
         )
 
     def virsh(self, *arguments: str) -> str:
@@ -111,13 +111,18 @@ def give_box(checkout: Checkout) -> None:
             archive.add(checkout.folder / "part", name)
 
 
+def give_program(checkout: Checkout, name: str, script: str) -> str:
+    """Returns a PATH on which a program is the given shell script."""
+    programs = checkout.folder / "programs"
+    programs.mkdir(exist_ok=True)
+    (programs / name).write_text(f"#!/bin/bash\n{script}\n")
+    (programs / name).chmod(0o755)
+    return f"{programs}:{os.environ['PATH']}"
+
+
 def give_vagrant(checkout: Checkout, script: str) -> str:
     """Returns a PATH on which `vagrant` is the given shell script; `vagrant box add` succeeds."""
-    programs = checkout.folder / "programs"
-    programs.mkdir()
-    (programs / "vagrant").write_text(f'#!/bin/bash\n[ "$1" = up ] || exit 0\n{script}\n')
-    (programs / "vagrant").chmod(0o755)
-    return f"{programs}:{os.environ['PATH']}"
+    return give_program(checkout, "vagrant", f'[ "$1" = up ] || exit 0\n{script}')
 
 
 def test_vagrant_takes_the_vagrantfile(checkout: Checkout) -> None:
@@ -204,6 +209,7 @@ def test_network_and_pool_without_the_labs_marker_are_never_touched(up: Checkout
     assert "elsewhere" in up.virsh("pool-dumpxml", "landfall-lab")
 
 
+@pytest.mark.timeout(900)
 def test_machines_that_do_not_come_up_in_time_end_the_up_and_the_next_one_destroys_them_first(checkout: Checkout) -> None:
     """What an interrupted `up` leaves is a machine with the lab's marker and no stamp that it was finished."""
     give_box(checkout)
@@ -232,7 +238,62 @@ def test_machines_that_do_not_come_up_in_time_end_the_up_and_the_next_one_destro
     assert not left & {"host", "pool", "console", "vagrant-state", "inventory.yml", "known_hosts", "ssh_config", "up.stamp"}
 
 
-def test_no_space_for_the_box_or_the_disks_is_said_before_anything_is_made(checkout: Checkout) -> None:
+def test_a_machine_that_does_not_answer_over_ssh_is_named_with_where_its_words_are(checkout: Checkout) -> None:
+    give_box(checkout)
+    domain = f"<description>landfall-lab {checkout.folder}</description><memory>65536</memory><os><type>hvm</type></os></domain>"
+    for name in ("mgmt", "nas1", "nas2"):
+        (checkout.folder / f"{name}.xml").write_text(f"<domain type='qemu'><name>landfall-{name}</name>{domain}")
+    path = give_vagrant(checkout, f"for name in mgmt nas1 nas2; do virsh --quiet define {checkout.folder}/$name.xml; done")
+    result = checkout.run("lab", "up", PATH=path, LANDFALL_START_LIMIT_S="1")
+    assert result.returncode == 8, result.stderr
+    assert "mgmt does not answer over SSH within 1 s; build/vm/console/mgmt.log" in result.stderr.replace(f"{checkout.folder}/", "")
+    assert not (checkout.made / "up.stamp").exists(), "the next `up` begins anew"
+    assert checkout.run("lab", "down").returncode == 0
+    assert checkout.processes() == set()
+
+
+def test_a_box_that_vagrant_does_not_take_is_named_and_left_alone(checkout: Checkout) -> None:
+    give_box(checkout)
+    before = (checkout.made / "landfall.box").read_bytes()
+    path = give_program(checkout, "vagrant", 'echo "The box is corrupt" >&2; exit 1')
+    result = checkout.run("lab", "up", PATH=path)
+    assert result.returncode == 7, result.stderr
+    assert "Vagrant does not take build/vm/landfall.box" in result.stderr
+    assert (checkout.made / "landfall.box").read_bytes() == before
+    assert checkout.virsh("list", "--all", "--name").strip() == ""
+
+
+def test_daemons_that_do_not_start_are_said_and_nothing_of_them_stays(checkout: Checkout) -> None:
+    result = checkout.run("host", "up", PATH=give_program(checkout, "libvirtd", "exit 1"))
+    assert result.returncode == 4, result.stderr
+    assert "libvirt's daemons do not start; build/vm/host/up.log" in result.stderr
+    assert checkout.processes() == set()
+
+
+def test_no_debian_mirror_is_said_before_anything_is_built(checkout: Checkout) -> None:
+    path = give_program(checkout, "df", "echo Avail; echo 100000")
+    give_program(checkout, "apt-get", "exit 0")
+    result = checkout.run("box", PATH=path, LANDFALL_DEBIAN_MIRROR="")
+    assert (result.returncode, len(result.stderr.splitlines())) == (2, 1), result.stderr
+    assert "LANDFALL_DEBIAN_MIRROR" in result.stderr
+    assert {entry.name for entry in checkout.made.iterdir()} == {"box.lock", "id_ed25519", "id_ed25519.pub"}
+
+
+def test_no_space_for_the_machines_disks_is_said_before_any_is_made(checkout: Checkout) -> None:
+    give_box(checkout)
+    path = give_vagrant(checkout, f"touch {checkout.folder}/called")
+    give_program(checkout, "df", "echo Avail; echo 5999")
+    result = checkout.run("lab", "up", PATH=path)
+    assert result.returncode == 6, result.stderr
+    assert "take up to 6000 MiB" in result.stderr
+    assert "5999 MiB free" in result.stderr
+    assert checkout.virsh("list", "--all", "--name").strip() == ""
+    assert "landfall" not in checkout.virsh("net-list", "--all", "--name")
+    assert not (checkout.folder / "called").exists()
+    assert not (checkout.made / "pool").exists()
+
+
+def test_no_space_for_the_box_is_said_before_anything_is_made(checkout: Checkout) -> None:
     checkout.made.mkdir(parents=True)
     small = ["unshare", "--mount", "--propagation", "private", "bash", "-c"]
     mount = f"mount -t tmpfs -o size=64m tmpfs {checkout.made} && exec bash vagrant/box"

@@ -46,6 +46,7 @@ from agent.volume import filesystem
 from agent.volume.substrate import ChangedRuns, Substrate, Take, VolumeRecord, Workspace, WorkspaceKind
 
 VOLUME_BYTES = 16 << 20
+GROWN_BYTES = 24 << 20
 BLOCKS = VOLUME_BYTES // BLOCK_BYTES
 
 
@@ -115,6 +116,7 @@ class SubstrateConformance:
     """One class for all: a subclass gives the fixture ``bench``."""
 
     DISCARD: tuple[str, ...] = ("blkdiscard",)
+    GROWS_IN_USE = True
 
     @pytest.fixture
     def substrate(self, bench: Bench) -> Substrate:
@@ -202,6 +204,74 @@ class SubstrateConformance:
         substrate.remove(volume.id)
         assert substrate.volumes() == ()
         substrate.create(volume)
+
+    def test_E20_a_volume_grows_by_zeros_and_the_next_generation_has_the_base_it_had(self, bench: Bench, substrate: Substrate) -> None:
+        volume = record()
+        substrate.create(volume)
+        older = taken(substrate, volume.id, {0: block_of("older"), BLOCKS - 1: block_of("older")}).id
+        base = taken(substrate, volume.id, {1: block_of("base")}).id
+        before = {generation: content(substrate, generation) for generation in (older, base)}
+        substrate.grow(volume.id, GROWN_BYTES)
+        assert bench.open().volumes() == (replace(volume, size_bytes=GROWN_BYTES),)
+        substrate.grow(volume.id, GROWN_BYTES)
+        end = GROWN_BYTES // BLOCK_BYTES - 1
+        target = taken(substrate, volume.id, {1: block_of("target"), BLOCKS: block_of("past the old end"), end: block_of("end")}).id
+        for generation, whole in before.items():
+            assert content(substrate, generation) == whole + bytes(GROWN_BYTES - VOLUME_BYTES)
+            substrate.refuse_written(generation)
+        assert content(substrate, empty_generation(volume.id)) == bytes(GROWN_BYTES)
+        runs = substrate.changed(base, target)
+        assert blocks_of(runs) == {1, BLOCKS, end}
+        assert runs.diff_block[runs.first >= BLOCKS].tolist() == [HOLE, HOLE]
+        assert blocks_of(substrate.changed(older, target)) == {1, BLOCKS, end}
+        assert content(substrate, target)[BLOCKS * BLOCK_BYTES :][:BLOCK_BYTES] == block_of("past the old end")
+
+    def test_E20_a_replica_grows_and_the_next_transfer_lands_behind_its_old_end(self, substrate: Substrate) -> None:
+        volume = record(Role.SECONDARY)
+        substrate.create(volume)
+        held: list[GenerationFacts] = []
+        end = GROWN_BYTES // BLOCK_BYTES - 1
+        for changes in ({1: "one"}, {1: "two"}, {2: "three", end: "three"}, {end: "four"}):
+            if len(held) == 2:
+                substrate.grow(volume.id, GROWN_BYTES)
+            workspace = Workspace(volume.id, uuid4(), WorkspaceKind.LANDING)
+            substrate.begin(workspace, substrate.generations(volume.id)[-1].id)
+            with substrate.writing(workspace) as device:
+                for block, text in changes.items():
+                    write(device, block, block_of(text))
+            held.append(facts_after(substrate, volume.id, GenerationKind.COMMITTED))
+            substrate.commit(workspace, held[-1])
+        one, two, three, four = map(block_of, ("one", "two", "three", "four"))
+        zeros = bytes(BLOCK_BYTES)
+        expected = [[one, zeros, zeros], [two, zeros, zeros], [two, three, three], [two, three, four]]
+        for facts, blocks in zip(held, expected, strict=True):
+            with substrate.reading(facts.id) as device:
+                assert [read(device, block, 1) for block in (1, 2, end)] == blocks
+            substrate.refuse_written(facts.id)
+
+    def test_E20_what_cannot_grow_is_refused_and_left_as_it_was(self, substrate: Substrate) -> None:
+        volume = record()
+        substrate.create(volume)
+        base = taken(substrate, volume.id, {1: block_of("base")}).id
+        for act in (substrate.refuse_growth, substrate.grow):
+            for wrong in (VOLUME_BYTES - BLOCK_BYTES, VOLUME_BYTES // 2, GROWN_BYTES + 512):
+                with pytest.raises(LayoutUnsupported):
+                    act(volume.id, wrong)
+            with pytest.raises(NoSuchVolume):
+                act(uuid4(), GROWN_BYTES)
+        with substrate.operational(volume.id):
+            if self.GROWS_IN_USE:
+                substrate.grow(volume.id, GROWN_BYTES)
+                assert substrate.volumes() == (replace(volume, size_bytes=GROWN_BYTES),)
+                return
+            for act in (substrate.refuse_growth, substrate.grow):
+                with pytest.raises(DeviceBusy, match="unserve"):
+                    act(volume.id, GROWN_BYTES)
+        with substrate.reading(base), pytest.raises(DeviceBusy):
+            substrate.grow(volume.id, GROWN_BYTES)
+        assert substrate.volumes() == (volume,)
+        substrate.refuse_growth(volume.id, GROWN_BYTES)
+        assert substrate.volumes() == (volume,), "asking changes nothing"
 
     # --- generations ---
 
@@ -382,6 +452,32 @@ class SubstrateConformance:
         substrate.discard(workspace)
         assert not substrate.exists(workspace)
 
+    def test_a_branch_is_its_source_and_goes_its_own_way(self, substrate: Substrate) -> None:
+        volume = record(Role.SECONDARY)
+        substrate.create(volume)
+        landing, salvage = (Workspace(volume.id, uuid4(), kind) for kind in (WorkspaceKind.LANDING, WorkspaceKind.SALVAGE))
+        substrate.begin(landing, empty_generation(volume.id))
+        with substrate.writing(landing) as device:
+            write(device, 1, block_of("landed"))
+            if substrate.branches:
+                with pytest.raises(DeviceBusy):
+                    substrate.branch(salvage, landing)
+        if not substrate.branches:
+            with pytest.raises(RequestRefused):
+                substrate.branch(salvage, landing)
+            return
+        substrate.begin(salvage, empty_generation(volume.id))
+        substrate.branch(salvage, landing)
+        with substrate.writing(salvage) as device:
+            assert read(device, 1, 1) == block_of("landed")
+            write(device, 1, block_of("undone"))
+        with substrate.writing(landing) as device:
+            assert read(device, 1, 1) == block_of("landed")
+        facts = facts_after(substrate, volume.id, GenerationKind.SALVAGED)
+        substrate.commit(salvage, facts)
+        assert content(substrate, facts.id)[BLOCK_BYTES:][:BLOCK_BYTES] == block_of("undone")
+        assert substrate.workspaces(volume.id) == (landing,)
+
     def test_a_healed_base_takes_the_place_of_the_damaged_one(self, substrate: Substrate) -> None:
         volume = record()
         substrate.create(volume)
@@ -470,6 +566,9 @@ class SubstrateConformance:
         ("clone_operational", "substrate.operational.before"),
         ("clone_operational", "substrate.operational.before_rename"),
         ("clone_operational", "substrate.operational.after"),
+        ("grow", "substrate.grow.before"),
+        ("grow", "substrate.grow.half"),
+        ("grow", "substrate.grow.after"),
     )
 
     @pytest.mark.parametrize(("operation", "point"), CRASHES)
@@ -492,6 +591,7 @@ class SubstrateConformance:
             "replace": (workspace, base.id),
             "discard": (workspace,),
             "clone_operational": (volume.id, base.id),
+            "grow": (volume.id, GROWN_BYTES),
         }
         call = Call(operation, arguments[operation])
         before = state(substrate)
@@ -558,6 +658,8 @@ def after_of(operation: str, before: dict[str, Any], after: dict[str, Any], volu
             return gone == {landing} and not new and len(changed) == 1 and after[changed.pop()][1] == before[landing]
         case "discard":
             return gone == {landing} and not new and not changed
+        case "grow":
+            return not gone and not new and changed == before.keys()
         case _:
             return False
 

@@ -34,7 +34,7 @@ from agent.contract.identity import FilesystemKind, GenerationId, GenerationKind
 from mgmt import run
 from mgmt.catalog import VolumeEntry
 from mgmt.failover import driver, plan
-from mgmt.failover.account import Account
+from mgmt.failover.account import Account, account
 from mgmt.failover.journal import Journal
 from mgmt.failover.plan import Facts, FailoverKind, Life, Sight, Step, Wish
 from mgmt.inventory import FenceOptions
@@ -229,6 +229,18 @@ def test_I1_the_secondary_takes_over_and_says_what_it_took(pair: Pair) -> None:
         (evidence,) = Journal(site.catalog).evidence(done.volume)
         assert (evidence.node, evidence.epoch, evidence.proved) == ("nas1", 1, True)
         assert run.standing(site, "projects").pending == ()
+
+
+def test_changes_may_be_lost_up_to_the_fence_however_long_the_transfer_had_been_broken_off(pair: Pair) -> None:
+    break_off(pair)
+    done = fail_over(pair)
+    with pair.site() as site:
+        entry = Journal(site.catalog).entries(done.volume)[-1]
+    earlier = dataclasses.replace(entry, lost_ns=entry.lost_ns - 3600 * 10**9)
+    seen, known = account(earlier), account(earlier, earlier.lost_ns)
+    assert seen.lost == done.lost, "it served on, and only the fence ended that"
+    assert seen.seconds.total == known.seconds.total == pytest.approx(done.seconds.total + 3600)
+    assert known.lost.volume < done.lost.volume, "who knows the moment need not assume the worst"
 
 
 def test_I8_a_reception_without_a_dmi_is_given_up_and_the_base_is_served(pair: Pair) -> None:

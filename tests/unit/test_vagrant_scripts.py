@@ -120,3 +120,35 @@ def test_another_box_in_the_labs_place_is_refused_and_left_alone(checkout: Path,
     before = box.read_bytes()
     refused(run(checkout, "box"), 7, "landfall.box", "vagrant/box")
     assert box.read_bytes() == before
+
+
+@pytest.fixture
+def drill(checkout: Path) -> Path:
+    """The same with the script of `make vm-drill`, of which each step is a script that succeeds."""
+    (checkout / "packaging").mkdir()
+    shutil.copy(ROOT / "packaging" / "vm-drill.sh", checkout / "packaging")
+    for step in ("packaging/setup.sh", "packaging/wheelhouse.sh", "vagrant/lab", "vagrant/host"):
+        (checkout / step).write_text("#!/bin/bash\nexit 0\n")
+        (checkout / step).chmod(0o755)
+    return checkout
+
+
+def hold(checkout: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    argv = ["/bin/bash", "packaging/vm-drill.sh", *arguments]
+    return subprocess.run(argv, check=False, cwd=checkout, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("arguments", [["--wrong"], ["--at"], ["--only", "lvm-thin"], ["--only", "zfs/ext4"]])
+def test_a_drill_that_cannot_be_is_refused_before_anything_is_installed(drill: Path, arguments: list[str]) -> None:
+    refused(hold(drill, *arguments), 2)
+    assert not (drill / "build").exists()
+
+
+@pytest.mark.parametrize(("step", "status"), [("packaging/setup.sh", 2), ("vagrant/lab", 6), ("vagrant/lab", 7), ("vagrant/lab", 8)])
+def test_a_drill_ends_with_the_status_of_the_step_that_failed(drill: Path, step: str, status: int) -> None:
+    """No space, the wrong box, a machine that does not come up: the one sentence is the step's own."""
+    (drill / step).write_text(f"#!/bin/bash\necho 'landfall: what is wrong' >&2; exit {status}\n")
+    result = hold(drill)
+    assert result.returncode == status, result.stderr
+    assert result.stderr.count("landfall: what is wrong") == 1
+    assert f"NOT clean (status {status})" in result.stderr.splitlines()[-1]

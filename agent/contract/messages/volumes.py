@@ -107,10 +107,11 @@ class ListVolumes:
 
 @dataclass(frozen=True, slots=True)
 class GrowVolume:
-    """volume.grow: let the volume be larger; a primary's filesystem too, while it is served. Asked again, what is missing is done."""
+    """volume.grow: let the volume be larger, and a primary's filesystem. Asked again, what is missing is done."""
 
     volume: UUID
     size_bytes: int
+    dry_run: bool = False  # only say what speaks against it
 
 
 @dataclass(frozen=True, slots=True)
