@@ -25,7 +25,8 @@ settings.load_profile("landfall")
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leaves out what takes a guest; skips, where the run is not root's, what makes devices and mounts."""
-    missing = {marker for marker, there in {"device_mapper": DEVICE_MAPPER.exists(), "nfs_server": IN_GUEST}.items() if not there}
+    there = {"device_mapper": DEVICE_MAPPER.exists(), "nfs_server": IN_GUEST, "netem": IN_GUEST}
+    missing = {marker for marker, found in there.items() if not found}
     if left := [item for item in items if missing & {mark.name for mark in item.iter_markers()}]:
         config.stash[DESELECTED] = len(left)
         config.hook.pytest_deselected(items=left)
@@ -40,7 +41,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """Says in one line what was left out, and where it runs."""
     if left := config.stash.get(DESELECTED, 0):
-        what = "device-mapper, which this kernel has not, or the kernel's NFS server for themselves"
+        what = "device-mapper or netem, which this kernel has not, or the kernel's NFS server for themselves"
         terminalreporter.write_line(f"{left} tests need {what}: `make vm-test` runs them in a guest")
 
 

@@ -215,6 +215,8 @@ class Scene:
     healed_opened: int = 0
     patience_s: float = 10.0
     """How long a target may go on after its source failed; one that then still waits for another source is cancelled."""
+    limit_s: float = 60.0
+    """How long a side may take in all."""
 
     def __post_init__(self) -> None:
         """A scene in a folder that has one is that one, as a process finds it that starts anew."""
@@ -286,10 +288,10 @@ class Scene:
         with (through or contextlib.nullcontext)(receiver.port) as port, ThreadPoolExecutor(2) as executor:
             received = executor.submit(receiver.run)
             sent = executor.submit(send, self.send_job(port, **(both or {}), **(sending or {})))
-            outcome = _outcome(sent)
+            outcome = _outcome(sent, self.limit_s)
             if isinstance(outcome, BaseException):
                 self._let_go(receiver, received)
-            return outcome, _outcome(received)
+            return outcome, _outcome(received, self.limit_s)
 
     def arrival(self) -> ArrivalRecord:
         dmi = self.differential.dmi
@@ -343,8 +345,8 @@ class Scene:
             file.write(b"x")
 
 
-def _outcome(future: Future[Any]) -> Any:
-    error = future.exception(timeout=60.0)
+def _outcome(future: Future[Any], limit_s: float) -> Any:
+    error = future.exception(timeout=limit_s)
     return future.result() if error is None else error
 
 
