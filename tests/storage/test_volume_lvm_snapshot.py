@@ -32,7 +32,7 @@ def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Refusals come soon: nobody else is waited for longer than a passing look takes."""
-    monkeypatch.setattr(mapper, "_GRACE_S", 0.3)
+    monkeypatch.setattr(mapper, "_GRACE_S", 1.0)
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def bench(group: str) -> Iterator[Bench]:
     )
     survivor = LvmSnapshotSubstrate(group)
     survivor.recover()
-    assert wait_until(lambda: not mapper._devices("LANDFALL-"), 2.0)
+    assert wait_until(lambda: not mapper._devices("LANDFALL-"), 30.0)
     for found in lvm.volumes(survivor.group):
         if not found.origin:  # an origin takes its snapshots with it
             subprocess.run(["lvremove", "-ff", "-y", f"{group}/{found.name}"], check=True, capture_output=True)
