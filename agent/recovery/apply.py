@@ -1,4 +1,4 @@
-"""Storing a plan into the mounted clone of the base: content, then names, then what the names disturbed.
+"""Storing a plan into the mounted clone: content, then names, then what the names disturbed.
 
 Nothing here can leave the mount: inodes are opened by handle, names are single components relative to an open directory, and no link is
 followed.
@@ -17,16 +17,17 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 
-from agent.blockio.device import Device
-from agent.contract.dmi import Dmi, FileKind
+from agent.contract.dmi import Dmi, FileKind, Side
 from agent.contract.errors import SalvageFailed
 from agent.contract.messages import FileOutcome, Outcome
 from agent.recovery import inode
-from agent.recovery.content import Chunk, Ending, read_files
+from agent.recovery.content import Chunk, Ending
 from agent.recovery.plan import UNLISTED, Folder, Placement, Plan, Slot
+from agent.recovery.source import Source
 from agent.recovery.tree import FLAGGED, LOCKS, Handle, Tree
 from agent.system import attributes
 from agent.system.failpoint import failpoint
+from agent.system.handles import identity_at
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 _LOST_FOUND = b"lost+found"
@@ -42,37 +43,37 @@ class Applied:
     """What was stored: the digest of each regular file's content, handles of new inodes, and what could not be stored."""
 
     contents: dict[int, bytes] = field(default_factory=dict)
-    bytes_stored: int = 0
     made: dict[int, Handle] = field(default_factory=dict)
     unlisted: dict[Folder, Handle] = field(default_factory=dict)
     excluded: dict[int, FileOutcome] = field(default_factory=dict)
 
 
-def apply_plan(plan: Plan, dmi: Dmi, landing: Device, mount_fd: int, tick: Tick) -> Applied:
+def apply_plan(plan: Plan, dmi: Dmi, source: Source, mount_fd: int, tick: Tick) -> Applied:
     """Store the plan and return what was stored; ``tick`` is called with the number of files stored so far.
 
-    With files in ``excluded`` the clone is of no use: salvage begins again without them. SalvageFailed if the base is not what the DMI
-    says; OSError as the filesystem has it.
+    ``source`` is the version of what is created or updated: not that of the plan's own side. With files in ``excluded`` (of a roll forward
+    only) the clone is of no use: salvage begins again without them. SalvageFailed if the clone is not what the DMI says; OSError as the
+    filesystem has it.
     """
     done = Applied()
-    tree = Tree(dmi, mount_fd, done.made, done.unlisted)
+    tree = Tree(dmi, mount_fd, done.made, done.unlisted, side=plan.side)
     try:
-        _Application(plan, dmi, tree, done, tick).run(landing)
+        _Application(plan, dmi, tree, done, source, tick).run()
     finally:
         tree.close()
     return done
 
 
 class _Application:
-    def __init__(self, plan: Plan, dmi: Dmi, tree: Tree, done: Applied, tick: Tick) -> None:
-        self.plan, self.dmi, self.tree, self.done, self.tick = plan, dmi, tree, done, tick
+    def __init__(self, plan: Plan, dmi: Dmi, tree: Tree, done: Applied, source: Source, tick: Tick) -> None:
+        self.plan, self.dmi, self.tree, self.done, self.source, self.tick = plan, dmi, tree, done, source, tick
         self.fresh = frozenset(plan.create)
         self.stage_name = b".landfall-stage-" + secrets.token_hex(8).encode()
         self.stage_fd = -1
         self.from_nothing = dmi.head.base.counter == 0
         self.stored = 0
 
-    def run(self, landing: Device) -> None:
+    def run(self) -> None:
         root_fd = self.tree.folder(self.plan.root)
         self.tree.find(self.plan.unlisted())
         os.mkdir(self.stage_name, 0o700, dir_fd=root_fd)
@@ -82,7 +83,7 @@ class _Application:
             if self.from_nothing:
                 self._take_over_lost_found(root_fd)
             self._store_without_content()
-            self._store_regular(landing)
+            self._store_regular()
             if self.done.excluded:
                 return
             failpoint("recovery.before_namespace")
@@ -128,9 +129,8 @@ class _Application:
                 continue
             if not self._try(row, partial(self._make, row)):
                 continue
-            if kind is FileKind.DIRECTORY:
-                self._learn(row)
-            else:
+            self._learn(row)
+            if kind is not FileKind.DIRECTORY:
                 self._try(row, partial(self._attribute_staged, row))
             self._count(row)
         for row in self.plan.update:
@@ -140,7 +140,7 @@ class _Application:
                 self._try(row, partial(self._attribute, fd, row))
             self._count(row)
 
-    def _store_regular(self, landing: Device) -> None:
+    def _store_regular(self) -> None:
         """Store regular files, those of the base first, then the smallest: where room is scarce, most files fit."""
         rows = sorted(
             (row for row in (*self.plan.create, *self.plan.update) if self._kind(row) is FileKind.REGULAR),
@@ -148,7 +148,7 @@ class _Application:
         )
         fd, opened = -1, UNLISTED
         try:
-            for item in read_files(landing, self.dmi, rows):
+            for item in self.source.contents(rows):
                 row = item.row
                 if row != opened:
                     if fd >= 0:
@@ -159,7 +159,7 @@ class _Application:
                 if row in self.done.excluded:
                     continue
                 if isinstance(item, Chunk):
-                    write = inode.write if row in self.fresh else inode.write_changed
+                    write = inode.write if self._anew(row) else inode.write_changed
                     self._try(row, partial(write, fd, item.offset, item.data), fd)
                 else:
                     self._end_regular(item, fd)
@@ -178,26 +178,31 @@ class _Application:
             self.tree.unlocked(row)
             with self.tree.row(row, _WRITE) as opened:
                 fd = os.dup(opened)
-        self._try(row, partial(inode.prepare, fd, self.dmi, row, fresh=row in self.fresh), fd)
+        self._try(row, partial(inode.prepare, fd, *self._shape(row), anew=self._anew(row)), fd)
         return fd
+
+    def _shape(self, row: int) -> tuple[int, list[tuple[int, int]]]:
+        return self.source.state(row).size, self.source.ranges(row)
+
+    def _anew(self, row: int) -> bool:
+        """Whether nothing of what a file has may stay: it was made here, or lives in its inode, or is a target's that is not whole."""
+        return row in self.fresh or self.plan.side is Side.TARGET or bool(self.dmi.payload_of(row))
 
     def _end_regular(self, ending: Ending, fd: int) -> None:
         row = ending.row
         if ending.damage:
             self.done.excluded[row] = FileOutcome(row, Outcome.DAMAGED, ending.damage)
             return
-        finish, attribute = partial(inode.finish, fd, self.dmi, row), partial(self._attribute, fd, row)
+        finish, attribute = partial(inode.finish, fd, self.source.state(row).size), partial(self._attribute, fd, row)
         if self._try(row, finish, fd) and self._try(row, attribute, fd):
             self.done.contents[row] = ending.digest
-            self.done.bytes_stored += ending.length_bytes
             self._count(row)
 
     def _make(self, row: int) -> None:
-        inode.make(self.dmi, row, self.stage_fd, _staged(row))
+        inode.make(self.source.state(row), self.stage_fd, _staged(row))
 
     def _learn(self, row: int) -> None:
-        with _opened(_staged(row), self.stage_fd) as fd:
-            self.done.made[row] = Handle(os.fstat(fd).st_ino, attributes.generation(fd))
+        self.done.made[row] = Handle(*identity_at(self.stage_fd, _staged(row)))
 
     def _attribute_staged(self, row: int) -> None:
         fd = os.open(_staged(row), _PATH | os.O_CLOEXEC, dir_fd=self.stage_fd)
@@ -207,8 +212,9 @@ class _Application:
             os.close(fd)
 
     def _attribute(self, fd: int, row: int) -> None:
-        inode.set_attributes(fd, self.dmi, row)
-        inode.set_mtime(fd, self.dmi, row)
+        state = self.source.state(row)
+        inode.set_attributes(fd, state)
+        inode.set_mtime(fd, state)
 
     def _try(self, row: int, act: Callable[[], None], fd: int = -1) -> bool:
         """Do ``act``; where there is no room for it exclude the row and give back what it has taken."""
@@ -217,7 +223,7 @@ class _Application:
         try:
             act()
         except OSError as error:
-            if error.errno not in NO_ROOM or self._kind(row) is FileKind.DIRECTORY:
+            if error.errno not in NO_ROOM or self._kind(row) is FileKind.DIRECTORY or self.plan.side is Side.TARGET:
                 raise
             outcome = Outcome.ABSENT if row in self.fresh else Outcome.KEPT
             self.done.excluded[row] = FileOutcome(row, outcome, "there is no room for it on the second operational volume")
@@ -302,7 +308,7 @@ class _Application:
     def _expect(self, slot: Slot, row: int) -> None:
         found = self.tree.stat(slot)
         if found is None or found.st_ino != int(self.dmi.inode[row]) or stat.S_IFMT(found.st_mode) >> 12 != self._kind(row):
-            raise SalvageFailed(f"the name {slot.name!r} in directory {slot.folder.inode} is not inode {self.dmi.inode[row]} in the base")
+            raise SalvageFailed(f"the name {slot.name!r} in directory {slot.folder.inode} is not inode {self.dmi.inode[row]} in the clone")
 
     # What remains.
 
@@ -312,25 +318,25 @@ class _Application:
             if row != UNLISTED and self._kind(row) is FileKind.DIRECTORY:
                 with self.tree.row(row, _READ) as fd:
                     self.tree.touch(fd)
-                    inode.set_attributes(fd, self.dmi, row)
+                    inode.set_attributes(fd, self.source.state(row))
                 if row not in self.fresh:
                     self._count(row)
 
     def _settle(self) -> None:
-        """Set directories' times, then flags: the DMI's for what was stored, their own for what was only touched."""
+        """Set directories' times, then flags: the source's for what was stored, their own for what was only touched."""
         stored = {row: self._handle(row) for row in (*self.plan.create, *self.plan.update, self.plan.root_row) if row != UNLISTED}
         removed = {self._handle(placement.row) for placement in self.plan.remove}
         by_handle = {handle: row for row, handle in stored.items()}
         for handle, times in self.tree.touched.items():
             if handle not in removed:
                 row = by_handle.get(handle, UNLISTED)
-                mtime_ns = times.mtime_ns if row == UNLISTED else inode.mtime_ns(self.dmi, row)
+                mtime_ns = times.mtime_ns if row == UNLISTED else self.source.state(row).mtime_ns
                 with self._reopened(handle) as fd:
                     os.utime(fd, ns=(times.atime_ns, mtime_ns))
         flags = {handle: value for handle, value in self.tree.lifted.items() if handle not in removed and handle not in by_handle}
         for row, handle in stored.items():
-            if self._kind(row) in FLAGGED and int(self.dmi.attr_flags[row]) & LOCKS:
-                flags[handle] = int(self.dmi.attr_flags[row])
+            if self._kind(row) in FLAGGED and (wanted := self.source.state(row).flags) & LOCKS:
+                flags[handle] = wanted
         for handle, value in flags.items():
             with self._reopened(handle) as fd:
                 attributes.set_flags(fd, value)
@@ -338,8 +344,6 @@ class _Application:
     def _handle(self, row: int) -> Handle:
         if int(self.dmi.inode[row]) == self.plan.root.inode:
             return Handle(os.fstat(self.tree.mount_fd).st_ino, attributes.generation(self.tree.mount_fd))
-        if row in self.fresh and row not in self.done.made:
-            return Handle(0, row)  # a symlink or special file: it has neither times to settle nor flags
         return self.tree.handle(row)
 
     def _reopened(self, handle: Handle) -> _Opened:
@@ -368,10 +372,6 @@ class _Opened:
 
     def __exit__(self, *_: object) -> None:
         os.close(self._fd)
-
-
-def _opened(name: bytes, directory_fd: int) -> _Opened:
-    return _Opened(os.open(name, _READ | os.O_CLOEXEC, dir_fd=directory_fd))
 
 
 def _staged(row: int) -> bytes:

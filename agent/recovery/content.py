@@ -83,15 +83,15 @@ def data_ranges(dmi: Dmi, row: int) -> list[tuple[int, int]]:
     return ranges
 
 
-def hole_ranges(dmi: Dmi, row: int) -> list[tuple[int, int]]:
-    """Return (offset, length) in bytes of what reads as zeros because nothing is stored there, up to the file's size."""
+def hole_ranges(ranges: list[tuple[int, int]], size: int) -> list[tuple[int, int]]:
+    """Return (offset, length) in bytes of what lies between ``ranges`` of data, up to the file's size."""
     holes, at = [], 0
-    for offset, length in data_ranges(dmi, row):
+    for offset, length in ranges:
         if offset > at:
             holes.append((at, offset - at))
         at = offset + length
-    if at < int(dmi.size[row]):
-        holes.append((at, int(dmi.size[row]) - at))
+    if at < size:
+        holes.append((at, size - at))
     return holes
 
 

@@ -1,9 +1,10 @@
-"""One inode: made, filled, given the attributes that the DMI promises."""
+"""One inode: made, filled, given the attributes that are promised."""
 
 from __future__ import annotations
 
 import os
 import stat
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -19,59 +20,113 @@ from agent.system.blockdev import punch
 
 _MADE_MODE: Final = 0o600
 _ZEROS: Final = bytes(1 << 20)
+_NODES: Final = (FileKind.BLOCK, FileKind.CHARACTER)
 
 
-def make(dmi: Dmi, row: int, directory_fd: int, name: bytes) -> None:
-    """Make an empty inode of the row's kind as ``name``; FileExistsError if there is something of that name."""
-    match FileKind(int(dmi.kind[row])):
+@dataclass(frozen=True, slots=True)
+class State:
+    """What is promised of an inode, its names and content apart. Of a kind that has none, a field is 0 or empty."""
+
+    kind: FileKind
+    mode: int
+    uid: int
+    gid: int
+    size: int  # of a regular file
+    mtime_ns: int
+    device: int  # major << 32 | minor
+    project: int
+    flags: int
+    link: bytes
+    xattrs: dict[bytes, bytes]
+
+
+def state_in(dmi: Dmi, row: int) -> State:
+    """Return the state that the DMI gives for a row: the target's, or of a deleted file the base's."""
+    kind = FileKind(int(dmi.kind[row]))
+    return State(
+        kind,
+        int(dmi.mode[row]) if kind is not FileKind.SYMLINK else 0,
+        int(dmi.uid[row]),
+        int(dmi.gid[row]),
+        int(dmi.size[row]) if kind is FileKind.REGULAR else 0,
+        int(dmi.mtime_s[row]) * 10**9 + int(dmi.mtime_ns[row]),
+        int(dmi.device[row]) if kind in _NODES else 0,
+        int(dmi.project[row]) if kind in FLAGGED else 0,
+        int(dmi.attr_flags[row]) if kind in FLAGGED else 0,
+        dmi.payload_of(row) if kind is FileKind.SYMLINK else b"",
+        dict(dmi.xattrs(row)),
+    )
+
+
+def state_of(fd: int) -> State:
+    """Return the state of an inode; ``fd`` may be O_PATH for what has no flags."""
+    about = os.fstat(fd)
+    kind = FileKind(stat.S_IFMT(about.st_mode) >> 12)
+    return State(
+        kind,
+        stat.S_IMODE(about.st_mode) if kind is not FileKind.SYMLINK else 0,
+        about.st_uid,
+        about.st_gid,
+        about.st_size if kind is FileKind.REGULAR else 0,
+        about.st_mtime_ns,
+        (os.major(about.st_rdev) << 32) | os.minor(about.st_rdev) if kind in _NODES else 0,
+        attributes.project(fd) if kind in FLAGGED else 0,
+        attributes.flags(fd) if kind in FLAGGED else 0,
+        os.readlink(b"", dir_fd=fd) if kind is FileKind.SYMLINK else b"",
+        attributes.xattrs(fd),
+    )
+
+
+def make(state: State, directory_fd: int, name: bytes) -> None:
+    """Make an empty inode of a kind as ``name``; FileExistsError if there is something of that name."""
+    match state.kind:
         case FileKind.DIRECTORY:
             os.mkdir(name, 0o700, dir_fd=directory_fd)
         case FileKind.SYMLINK:
-            os.symlink(dmi.payload_of(row), name, dir_fd=directory_fd)
+            os.symlink(state.link, name, dir_fd=directory_fd)
         case FileKind.REGULAR:
             os.close(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, _MADE_MODE, dir_fd=directory_fd))
         case kind:
-            device = os.makedev(int(dmi.device[row]) >> 32, int(dmi.device[row]) & 0xFFFFFFFF)
-            os.mknod(name, (kind << 12) | _MADE_MODE, device, dir_fd=directory_fd)
+            os.mknod(name, (kind << 12) | _MADE_MODE, os.makedev(state.device >> 32, state.device & 0xFFFFFFFF), dir_fd=directory_fd)
 
 
-def prepare(fd: int, dmi: Dmi, row: int, *, fresh: bool) -> None:
-    """Give a regular file its size and its holes; what is written afterwards makes it whole. The old tail is gone for good."""
-    if fresh:
-        os.ftruncate(fd, int(dmi.size[row]))
-        return
-    if dmi.payload_of(row):
+def prepare(fd: int, size: int, ranges: list[tuple[int, int]], *, anew: bool) -> None:
+    """Let a regular file have nothing but what is written to ``ranges`` afterwards; ``finish`` gives it its size.
+
+    ``anew``: not a byte stays of what it had. Otherwise what lies in ``ranges`` stays, for ``write_changed``.
+    """
+    if anew:
         os.ftruncate(fd, 0)
         return
-    if os.fstat(fd).st_size < min(BLOCK_BYTES, int(dmi.size[row])):
+    if os.fstat(fd).st_size < min(BLOCK_BYTES, size):
         # Linux 6.18 loses what is written to a file whose content lives in its ext4 inode if it was grown by ftruncate before;
         # punching a hole gives it blocks.
         punch(fd, 0, BLOCK_BYTES)
-    os.ftruncate(fd, int(dmi.size[row]))
-    for offset, length in hole_ranges(dmi, row):
+    os.ftruncate(fd, size)
+    for offset, length in hole_ranges(ranges, size):
         for begin, end in _data_within(fd, offset, offset + length):
             _zero(fd, begin, end)
 
 
-def finish(fd: int, dmi: Dmi, row: int) -> None:
+def finish(fd: int, size: int) -> None:
     """Give a regular file whose content is written its size, if it does not have it yet."""
-    if os.fstat(fd).st_size != int(dmi.size[row]):
-        os.ftruncate(fd, int(dmi.size[row]))
+    if os.fstat(fd).st_size != size:
+        os.ftruncate(fd, size)
 
 
 def write_changed(fd: int, offset: int, data: memoryview) -> None:
-    """Make the file hold ``data`` at ``offset``, writing only the blocks that differ from what it holds."""
+    """Make the file hold ``data`` at ``offset``, writing only the blocks that differ from what it holds, and those of zeros: it may have a
+    hole there."""
     old = memoryview(os.pread(fd, len(data), offset))
     if len(old) != len(data):
         write(fd, offset, data)
         return
-    if old == data:
-        return
     whole = len(data) // BLOCK_BYTES * BLOCK_BYTES
-    differs = np.empty(-(-len(data) // BLOCK_BYTES), dtype=np.bool_)
-    differs[: whole // BLOCK_BYTES] = np.any(_blocks(old[:whole]) != _blocks(data[:whole]), axis=1)
-    differs[whole // BLOCK_BYTES :] = old[whole:] != data[whole:]
-    edges = np.flatnonzero(np.diff(np.concatenate(([False], differs, [False])).astype(np.int8)))
+    written = np.empty(-(-len(data) // BLOCK_BYTES), dtype=np.bool_)
+    blocks = _blocks(data[:whole])
+    written[: whole // BLOCK_BYTES] = np.any(_blocks(old[:whole]) != blocks, axis=1) | ~np.any(blocks, axis=1)
+    written[whole // BLOCK_BYTES :] = old[whole:] != data[whole:] or not any(data[whole:])
+    edges = np.flatnonzero(np.diff(np.concatenate(([False], written, [False])).astype(np.int8)))
     for begin, end in zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True):
         write(fd, offset + begin * BLOCK_BYTES, data[begin * BLOCK_BYTES : end * BLOCK_BYTES])
 
@@ -98,33 +153,28 @@ def reads_as_zeros(fd: int, offset: int, length: int) -> bool:
     return True
 
 
-def set_attributes(fd: int, dmi: Dmi, row: int) -> None:
+def set_attributes(fd: int, state: State) -> None:
     """Give an inode owner, xattrs, mode, project id and flags but for those that lock it; ``fd`` may be O_PATH for what has no flags."""
-    path, kind = f"/proc/self/fd/{fd}", int(dmi.kind[row])
-    now, uid, gid, mode = os.fstat(fd), int(dmi.uid[row]), int(dmi.gid[row]), int(dmi.mode[row])
-    if (now.st_uid, now.st_gid) != (uid, gid):
-        os.chown(path, uid, gid)
-    attributes.set_xattrs(fd, dict(dmi.xattrs(row)))
+    path = f"/proc/self/fd/{fd}"
+    now = os.fstat(fd)
+    if (now.st_uid, now.st_gid) != (state.uid, state.gid):
+        os.chown(path, state.uid, state.gid)
+    attributes.set_xattrs(fd, state.xattrs)
     # Changing the owner, the ACL or the content takes setuid and setgid away, so the mode is set after them.
-    if kind != FileKind.SYMLINK and stat.S_IMODE(os.fstat(fd).st_mode) != mode:
-        Path(path).chmod(mode)
-    if kind in FLAGGED:
-        attributes.set_project(fd, int(dmi.project[row]))
-        attributes.set_flags(fd, int(dmi.attr_flags[row]) & ~LOCKS)
+    if state.kind != FileKind.SYMLINK and stat.S_IMODE(os.fstat(fd).st_mode) != state.mode:
+        Path(path).chmod(state.mode)
+    if state.kind in FLAGGED:
+        attributes.set_project(fd, state.project)
+        attributes.set_flags(fd, state.flags & ~LOCKS)
 
 
-def set_mtime(fd: int, dmi: Dmi, row: int) -> None:
-    """Give an inode the modification time of the DMI; the access time stays. ``fd`` may be O_PATH."""
-    os.utime(f"/proc/self/fd/{fd}", ns=(os.fstat(fd).st_atime_ns, mtime_ns(dmi, row)))
-
-
-def mtime_ns(dmi: Dmi, row: int) -> int:
-    """Return the row's modification time in ns since the epoch."""
-    return int(dmi.mtime_s[row]) * 10**9 + int(dmi.mtime_ns[row])
+def set_mtime(fd: int, state: State) -> None:
+    """Give an inode its modification time; the access time stays. ``fd`` may be O_PATH."""
+    os.utime(f"/proc/self/fd/{fd}", ns=(os.fstat(fd).st_atime_ns, state.mtime_ns))
 
 
 def _data_within(fd: int, begin: int, end: int) -> list[tuple[int, int]]:
-    """Return where a file has data between two offsets (lseek(2), SEEK_DATA)."""
+    """Return where a file has data between two offsets, as (begin, end) (lseek(2), SEEK_DATA)."""
     found = []
     end = min(end, os.fstat(fd).st_size)
     while begin < end:
@@ -140,7 +190,8 @@ def _data_within(fd: int, begin: int, end: int) -> list[tuple[int, int]]:
 
 
 def _zero(fd: int, begin: int, end: int) -> None:
-    if punch(fd, begin, end - begin):
+    """Make a hole of whole blocks, the last one perhaps cut by the file's end; zeros where there can be none."""
+    if punch(fd, begin, -(-end // BLOCK_BYTES) * BLOCK_BYTES - begin):
         return
     while begin < end:
         begin += os.pwrite(fd, memoryview(_ZEROS)[: min(len(_ZEROS), end - begin)], begin)

@@ -1,4 +1,8 @@
-"""The namespace that a salvage makes: which inode has which names, from the DMI, the designation and the policy. Pure.
+"""The tree that a salvage makes: which inode has which names, and in which generation's state, from the DMI, the designation and the
+policy; and what of that is to be done to a clone. Pure.
+
+The result is one. A roll forward has a clone of the base to make it of, a roll back one of the target in which some files are not whole:
+the plan is what differs between the result and that side.
 
 Paths follow the target: an inode that is in base and target is placed at its target names, designated or not; a new one only if it is
 designated (a directory also if something needs it as parent). A deleted inode is held or removed by policy; it stays in any case where a
@@ -57,21 +61,27 @@ class Placement:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is to be done to a clone of the base. Rows are rows of the DMI's files."""
+    """What is to be done to a clone of the base (``side`` BASE) or of the target. Rows are rows of the DMI's files.
 
+    What is created or updated gets the other side's content and attributes; ``keep`` are rows that are designated, or needed as
+    directories, and are as they must be already: on the base's side there are none.
+    """
+
+    side: Side
     root: Folder
-    root_row: int  # UNLISTED if the root is not stored
+    root_row: int  # UNLISTED if the root is as it must be
     held_name: bytes  # of the folder in the root for held files whose name is taken
     create: tuple[int, ...]  # inodes that are made
-    update: tuple[int, ...]  # inodes of the base that get the target's content and attributes
-    names: dict[int, tuple[Slot, ...]]  # every name of each inode that is created or updated
+    update: tuple[int, ...]  # inodes of this side that get the other's content and attributes
+    keep: tuple[int, ...]
+    names: dict[int, tuple[Slot, ...]]  # every name, those aside not counted, of each inode that is created, updated or kept
     move: tuple[Placement, ...]  # everything whose names change and that stays in the tree
     remove: tuple[Placement, ...]
-    paths: dict[Folder, bytes]  # base path of directories that the DMI does not list
+    paths: dict[Folder, bytes]  # path on this side of directories that the DMI does not list
     outcomes: tuple[FileOutcome, ...]  # where the result differs from the designation
 
     def unlisted(self) -> dict[Folder, bytes]:
-        """Return the directories that the DMI does not list and that hold a name that changes, or of what is stored."""
+        """Return the directories that the DMI does not list and that hold a name that changes, or of what is stored or kept."""
         folders = {slot.folder for placement in (*self.move, *self.remove) for slot in placement.leave + placement.names}
         folders |= {slot.folder for names in self.names.values() for slot in names}
         return {folder: path for folder, path in self.paths.items() if folder in folders}
@@ -84,48 +94,59 @@ def make_plan(
     apply_deletions: bool,
     expected: Outcome | None = None,
     root_names: Collection[bytes] = (),
+    side: Side = Side.BASE,
 ) -> Plan:
     """Return the plan; DmiMalformed if the names contradict each other.
 
     ``expected`` is what the instruction says of deleted files (DELETED or HELD); each that fares otherwise is in ``outcomes``.
     ``root_names`` are names in the base's root that the folder of held files must not have.
     """
-    names = _Names(dmi)
-    placed = _placed(dmi, names, set(designated))
+    names, chosen = _Names(dmi), set(designated)
+    placed = _placed(dmi, names, chosen)
     taken = {slot: row for row in placed for slot in names.target[row]}
     absent = {slot for row in names.fresh - placed for slot in names.target[row]}
     occupied = {slot.name for slot in (*taken, *absent) if slot.folder == names.root} | set(root_names)
     held_name = next(name for name in _held_names() if name not in occupied)
-    move: list[Placement] = []
-    remove: list[Placement] = []
+    result = {row: _Settled(tuple(names.target[row])) for row in sorted(placed)}
     outcomes: list[FileOutcome] = []
-    for row in sorted(placed):
-        before, after = names.base[row], names.target[row]
-        if set(before) != set(after):
-            move.append(_placement(row, before, after))
-    gone = _Gone(dmi, names, taken, absent, held_name, hold=not apply_deletions)
-    for row, (placement, path, moved) in gone.settle():
-        outcome = Outcome.HELD if placement.names or placement.aside else Outcome.DELETED
-        (move if outcome is Outcome.HELD else remove).append(placement)
-        if outcome is not (expected or outcome) or moved:
+    for row, settled in _Gone(dmi, names, taken, absent, held_name, hold=not apply_deletions).settle():
+        result[row] = settled
+        outcome = Outcome.HELD if settled.there else Outcome.DELETED
+        if outcome is not (expected or outcome) or settled.moved:
             reason = _REPLACED if apply_deletions else _KEPT
-            outcomes.append(FileOutcome(row, outcome, reason, path.decode("utf-8", "surrogateescape") if moved else ""))
-    for row in sorted((placed & names.fresh) - set(designated)):
+            outcomes.append(FileOutcome(row, outcome, reason, settled.path.decode("utf-8", "surrogateescape") if settled.moved else ""))
+    for row in sorted((placed & names.fresh) - chosen):
         outcomes.append(FileOutcome(row, Outcome.RECOVERED, "a recovered file lies in it"))
-    create = sorted(placed & names.fresh)
-    update = sorted(row for row in set(designated) & placed if row not in names.fresh)
-    root_row = names.root_row if names.root_row in set(designated) else UNLISTED
+    return _difference(names, result, chosen, side, held_name, tuple(outcomes))
+
+
+def _difference(
+    names: _Names, result: dict[int, _Settled], designated: set[int], side: Side, held_name: bytes, outcomes: tuple[FileOutcome, ...]
+) -> Plan:
+    """Return what is to be done to a clone of ``side`` that it becomes the result."""
+    here = names.base if side is Side.BASE else names.target
+    placements = {row: _placement(row, here[row], list(settled.names), settled.aside) for row, settled in result.items()}
+    gone = names.fresh - result.keys() if side is Side.TARGET else set()
+    removed = [row for row, settled in result.items() if here[row] and not settled.there]
+    there = [row for row, settled in result.items() if settled.there]
+    of_target = (designated - names.gone) | names.fresh
+    other = of_target if side is Side.BASE else set(there) - of_target
+    create = sorted(row for row in there if not here[row])
+    update = sorted(row for row in there if here[row] and row in other)
+    keep = sorted(({*there, names.root_row} - {UNLISTED}) & of_target) if side is Side.TARGET else []
     return Plan(
+        side,
         names.root,
-        root_row,
+        names.root_row if (names.root_row in designated) is (side is Side.BASE) else UNLISTED,
         held_name,
         tuple(create),
         tuple(update),
-        {row: tuple(names.target[row]) for row in (*create, *update)},
-        tuple(placement for placement in move if placement.leave or placement.take or placement.aside),
-        tuple(remove),
-        names.unlisted,
-        tuple(outcomes),
+        tuple(keep),
+        {row: result[row].names for row in (*create, *update, *keep) if row in result},
+        tuple(placements[row] for row in there if placements[row].leave or placements[row].take or placements[row].aside),
+        (*(placements[row] for row in removed), *(_placement(row, here[row], []) for row in sorted(gone))),
+        names.unlisted(side),
+        outcomes,
     )
 
 
@@ -144,6 +165,20 @@ def _placement(row: int, before: list[Slot], after: list[Slot], aside: tuple[byt
         tuple(slot for slot in after if slot not in had),
         aside,
     )
+
+
+class _Settled(NamedTuple):
+    """Where an inode is in the result. ``path`` is where a deleted one is found, ``moved`` whether that is elsewhere than in the base."""
+
+    names: tuple[Slot, ...]
+    aside: tuple[bytes, ...] = ()
+    path: bytes = b""
+    moved: bool = False
+
+    @property
+    def there(self) -> bool:
+        """Whether it is in the tree at all."""
+        return bool(self.names or self.aside)
 
 
 class _Names:
@@ -171,9 +206,6 @@ class _Names:
         self.target_paths: list[list[bytes]] = [[] for _ in inodes]
         self._prefix: dict[tuple[Side, Folder], bytes] = {}
         self._read()
-        self.unlisted: dict[Folder, bytes] = {}
-        for side in (Side.TARGET, Side.BASE):  # of both the base's path is the one that can be opened
-            self.unlisted |= {folder: path for (of, folder), path in self._prefix.items() if folder.row == UNLISTED and of is side}
         rows = range(len(inodes))
         self.fresh = {row for row in rows if self.target[row] and not self.base[row]}
         self.gone = {row for row in rows if self.base[row] and not self.target[row]}
@@ -181,6 +213,17 @@ class _Names:
         for row in rows:
             _refuse(bool(changes[row] & Change.NEW and self.base[row]), f"inode {inodes[row]} is new and has a name in the base")
             _refuse(bool(changes[row] & Change.DELETED and self.target[row]), f"inode {inodes[row]} is deleted and has a target name")
+
+    def unlisted(self, side: Side) -> dict[Folder, bytes]:
+        """Return the path in one generation of the directories that the DMI does not list: they have the same name in both, and what they
+        lie in may have another."""
+        paths = {folder: path for (of, folder), path in self._prefix.items() if folder.row == UNLISTED and of is side}
+        others = {folder: path for (of, folder), path in self._prefix.items() if folder.row == UNLISTED and folder not in paths}
+        if others:
+            ways = (self.target_paths, self.base_paths) if side is Side.BASE else (self.base_paths, self.target_paths)
+            moved = {ways[0][row][0]: ways[1][row][0] for row in self.surviving if self.is_folder[row]}
+            paths |= {folder: _followed(path, moved) for folder, path in others.items()}
+        return paths
 
     def _root_row(self, inodes: list[int], changes: list[int]) -> int:
         rows = [row for row, inode in enumerate(inodes) if inode == self.root.inode]
@@ -247,12 +290,13 @@ def _placed(dmi: Dmi, names: _Names, designated: set[int]) -> set[int]:
     return placed
 
 
-class _Settled(NamedTuple):
-    """What becomes of a deleted inode: its names, where it is to be found, and whether that is elsewhere than in the base."""
-
-    placement: Placement
-    path: bytes
-    moved: bool
+def _followed(path: bytes, moved: dict[bytes, bytes]) -> bytes:
+    """Return a directory's path in the other generation, by the nearest directory above it that ``moved`` knows in both."""
+    above, below = path, b""
+    while above and above not in moved:
+        above, _, name = above.rpartition(b"/")
+        below = b"/" + name + below
+    return moved[above] + below if above else path
 
 
 class _Gone:
@@ -291,7 +335,7 @@ class _Gone:
         if names.is_folder[row] and where:
             self._where[folder] = where
         moved = bool(where) and where not in names.base_paths[row]
-        return _Settled(_placement(row, names.base[row], final, tuple(aside)), where, moved)
+        return _Settled(tuple(final), tuple(aside), where, moved)
 
     def _path(self, slot: Slot, otherwise: bytes) -> bytes:
         """Return where a held name is in the result."""

@@ -1,4 +1,4 @@
-"""The mounted clone of the base: its inodes reached by handle, its names as (directory, component), nothing by path.
+"""A mounted clone: its inodes reached by handle, its names as (directory, component), nothing by path.
 
 What is opened to be changed is made changeable first: immutable and append-only flags are lifted and remembered, and so are the times of a
 directory, so that ``settle`` can give both back.
@@ -49,8 +49,9 @@ class Tree:
     """One mount of the clone. ``made`` are the handles of inodes that the salvage made, ``unlisted`` those that ``find`` found."""
 
     def __init__(
-        self, dmi: Dmi, mount_fd: int, made: dict[int, Handle], unlisted: dict[Folder, Handle], *, read_only: bool = False
+        self, dmi: Dmi, mount_fd: int, made: dict[int, Handle], unlisted: dict[Folder, Handle], *, read_only: bool = False, side: Side
     ) -> None:
+        """``side``: the generation whose names are there."""
         self.dmi = dmi
         self.read_only = read_only
         self.mount_fd = mount_fd
@@ -61,23 +62,23 @@ class Tree:
         self._folders: OrderedDict[Folder, int] = OrderedDict()
         self._root = Folder(dmi.head.root_inode)
         if any("inline_data" in word for word in dmi.head.mkfs_arguments):
-            self._look_up_folders(Side.TARGET if read_only else Side.BASE)
+            self._look_up_folders(side)
 
     def handle(self, row: int) -> Handle:
-        """Return the handle of a row's inode, made here or in the base."""
+        """Return the handle of a row's inode, made here or there before."""
         return self.made.get(row) or Handle(int(self.dmi.inode[row]), int(self.dmi.inode_generation[row]))
 
     def find(self, folders: dict[Folder, bytes]) -> None:
-        """Learn the handles of directories that the DMI does not list, by their path in the base; to be called before names change."""
+        """Learn the handles of directories that the DMI does not list, by their path; to be called before names change."""
         for folder, path in folders.items():
             if folder.inode == self._root.inode:
                 continue
             try:
                 fd = open_beneath(self.mount_fd, path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             except OSError as error:
-                raise SalvageFailed(f"the base has no directory {path!r}", cause=str(error)) from error
+                raise SalvageFailed(f"there is no directory {path!r} in the clone", cause=str(error)) from error
             try:
-                _require(os.fstat(fd).st_ino == folder.inode, f"the directory {path!r} of the base is not inode {folder.inode}")
+                _require(os.fstat(fd).st_ino == folder.inode, f"the directory {path!r} of the clone is not inode {folder.inode}")
                 self._unlisted[folder] = Handle(folder.inode, attributes.generation(fd))
             finally:
                 os.close(fd)
@@ -91,7 +92,7 @@ class Tree:
             fd = self.open(self.handle(row), flags)
         try:
             kind = stat.S_IFMT(os.fstat(fd).st_mode) >> 12
-            _require(kind == int(self.dmi.kind[row]), f"inode {self.dmi.inode[row]} is of another kind in the base")
+            _require(kind == int(self.dmi.kind[row]), f"inode {self.dmi.inode[row]} is of another kind than the DMI says")
             yield fd
         finally:
             os.close(fd)
@@ -157,11 +158,11 @@ class Tree:
         elif folder in self._unlisted:
             handle = self._unlisted[folder]
         else:
-            raise SalvageFailed(f"directory {folder.inode} is not known in the base")
+            raise SalvageFailed(f"directory {folder.inode} is not known in the clone")
         fd = self.open(handle, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
         if not stat.S_ISDIR(os.fstat(fd).st_mode):
             os.close(fd)
-            raise SalvageFailed(f"inode {folder.inode}, in which names lie, is no directory in the base")
+            raise SalvageFailed(f"inode {folder.inode}, in which names lie, is no directory")
         return fd
 
     def open(self, handle: Handle, flags: int) -> int:
@@ -171,7 +172,7 @@ class Tree:
         except OSError as error:
             if error.errno not in (errno.ESTALE, errno.EINVAL, errno.ENOENT):
                 raise
-            raise SalvageFailed(f"the base has no inode {handle.inode} of generation {handle.generation}", cause=str(error)) from error
+            raise SalvageFailed(f"there is no inode {handle.inode} of generation {handle.generation}", cause=str(error)) from error
 
     def _lift(self, fd: int) -> None:
         now = attributes.flags(fd)

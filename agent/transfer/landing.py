@@ -153,7 +153,7 @@ class Landing:
         Such a piece is struck from the record, so that no salvage takes it. The landing volume is not gone on with: a disk that loses a
         write may have lost what a thin pool copied around it, which no piece tells of. If we die before the mark, this is found again.
         """
-        bad = self._unequal(self._landing, np.arange(self._dmi.piece_total, dtype=np.uint32), self._dmi.update_digest)
+        bad = unequal_pieces(self._landing, self._dmi, np.arange(self._dmi.piece_total, dtype=np.uint32), self._dmi.update_digest)
         if len(bad):
             self._writer.distrust()
             self._writer.append(bad, self._writer.bits[bad] & ~_UPDATE)
@@ -162,7 +162,7 @@ class Landing:
             )
         healed = np.flatnonzero(self._writer.bits & _HEALED).astype(np.uint32)
         if len(healed):
-            bad = self._unequal(self._healed_device(), healed, self._dmi.diff_digest)
+            bad = unequal_pieces(self._healed_device(), self._dmi, healed, self._dmi.diff_digest)
             if len(bad):
                 self._writer.distrust()
                 lost = ~(_DIFFERENTIAL | _HEALED)
@@ -223,34 +223,35 @@ class Landing:
         """Return which pieces' base here is what the DMI says; pieces whose differential data is known to be here are not read again."""
         equal: Mask = (self._state[rows] & (_DIFFERENTIAL | _HEALED)) == _DIFFERENTIAL
         ask = rows[~equal]
-        unequal = self._unequal(self._base, ask, self._dmi.diff_digest, all_holes=self._base_is_empty)
+        unequal = unequal_pieces(self._base, self._dmi, ask, self._dmi.diff_digest, all_holes=self._base_is_empty)
         equal[~equal] = ~np.isin(ask, unequal)
         return equal
-
-    def _unequal(self, device: Device, rows: U32, wanted: Digests, *, all_holes: bool = False) -> U32:
-        """Return which of ``rows`` have another digest on ``device``; read in portions of bounded size."""
-        counts = self._dmi.block_count[rows].astype(np.int64)
-        unequal: list[int] = []
-        at = 0
-        ends = np.cumsum(counts)
-        while at < len(rows):
-            begun = int(ends[at - 1]) if at else 0
-            stop = max(int(np.searchsorted(ends, begun + _VERIFIED_BLOCKS, side="right")), at + 1)
-            part = rows[at:stop]
-            first, blocks = self._dmi.op_block[part], counts[at:stop].astype(np.uint64)
-            holes = np.ones(len(part), dtype=np.bool_) if all_holes else None
-            digests = digest_runs(device, first, blocks, holes=holes, workers=1 if len(rows) < self._dmi.piece_total else 4)
-            for row, digest in zip(part.tolist(), _fold(digests, blocks.astype(np.int64), first.tolist()), strict=True):
-                if digest != wanted[row].tobytes():
-                    unequal.append(row)
-            at = stop
-        return np.array(unequal, dtype=np.uint32)
 
     def _healed_device(self) -> Device:
         with self._changed:
             if self._healed is None:
                 self._healed = self._heal()
             return self._healed
+
+
+def unequal_pieces(device: Device, dmi: Dmi, rows: U32, wanted: Digests, *, all_holes: bool = False) -> U32:
+    """Return which of ``rows`` have another digest on ``device``; read in portions of bounded size."""
+    counts = dmi.block_count[rows].astype(np.int64)
+    unequal: list[int] = []
+    at = 0
+    ends = np.cumsum(counts)
+    while at < len(rows):
+        begun = int(ends[at - 1]) if at else 0
+        stop = max(int(np.searchsorted(ends, begun + _VERIFIED_BLOCKS, side="right")), at + 1)
+        part = rows[at:stop]
+        first, blocks = dmi.op_block[part], counts[at:stop].astype(np.uint64)
+        holes = np.ones(len(part), dtype=np.bool_) if all_holes else None
+        digests = digest_runs(device, first, blocks, holes=holes, workers=1 if len(rows) < dmi.piece_total else 4)
+        for row, digest in zip(part.tolist(), _fold(digests, blocks.astype(np.int64), first.tolist()), strict=True):
+            if digest != wanted[row].tobytes():
+                unequal.append(row)
+        at = stop
+    return np.array(unequal, dtype=np.uint32)
 
 
 class _Pieces:

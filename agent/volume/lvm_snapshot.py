@@ -85,6 +85,7 @@ class LvmSnapshotSubstrate(LvmSubstrate):
     """Keeps the contract of ``substrate.Substrate`` with classic snapshots."""
 
     kind = "lvm-snapshot"
+    branches = False  # a snapshot of a snapshot is a copy
 
     def __init__(self, group: str, *, snapshot_percent: float = 25.0) -> None:
         """Open a volume group; NotOurs if it does not carry our tag or holds what is none of ours. ``recover`` comes before anything else.

@@ -51,6 +51,7 @@ class LvmSubstrate(ABC):
     """The part of ``substrate.Substrate`` that does not depend on what a snapshot is made of."""
 
     kind: str
+    branches: bool
 
     def __init__(self, group: str) -> None:
         """Open a volume group; NotOurs if it does not carry our tag."""
@@ -334,6 +335,29 @@ class LvmSubstrate(ABC):
             self._need_room(f"a clone of generation {base.name}")
             failpoint("substrate.begin.before")
             self._clone(workspace, base, room_bytes)
+            failpoint("substrate.begin.after")
+            self._sweep()
+
+    def branch(self, workspace: Workspace, source: Workspace) -> None:
+        """Make a snapshot of one workspace another one, replacing one of that name (DeviceBusy if that, or ``source``, is in use).
+
+        NoSpace leaves everything as it was; RequestRefused where a snapshot of a snapshot would be a copy. If we die here the old one
+        stands, or the new one.
+        """
+        if not self.branches:
+            raise RequestRefused(f"{self.kind} makes no snapshot of a {source.kind} volume")
+        with self._locked(), self._swept_on_failure():
+            held = self._held()
+            mapper.refuse_in_use(held.workspace(source).uuid, f"the {source.kind} volume")
+            old = held.workspaces.get(workspace)
+            if old is not None:
+                mapper.refuse_in_use(old.uuid, f"the {workspace.kind} volume")
+            self._need_room(f"a clone of the {source.kind} volume")
+            failpoint("substrate.begin.before")
+            failpoint("substrate.begin.before_rename")
+            self._snapshot(
+                held.workspace(source), [tags.workspace_tag(workspace), *([tags.instead_of_tag(old.uuid)] if old else [])], writable=True
+            )
             failpoint("substrate.begin.after")
             self._sweep()
 

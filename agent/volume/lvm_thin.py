@@ -41,6 +41,7 @@ class LvmThinSubstrate(LvmSubstrate):
     """Keeps the contract of ``substrate.Substrate`` with thin volumes."""
 
     kind = "lvm-thin"
+    branches = True
 
     def __init__(self, group: str, *, limits: Limits | None = None) -> None:
         """Open a volume group; NotOurs if it or its pool does not carry our tag. ``recover`` is the caller's, before anything else."""

@@ -63,6 +63,7 @@ class ReflinkSubstrate:
     """Keeps the contract of ``substrate.Substrate`` with image files."""
 
     kind = "reflink"
+    branches = True
 
     def __init__(self, pool: Path) -> None:
         """Open a pool; NotOurs if it does not carry the marker. ``recover`` is the caller's, once, before anything else."""
@@ -382,6 +383,16 @@ class ReflinkSubstrate:
         if base.volume != workspace.volume:
             raise BaseMismatch(f"{base.name} is of another volume")
         self._clone(self._held(base), self._workspace(workspace), self._record(base.volume), "begin")
+
+    def branch(self, workspace: Workspace, source: Workspace) -> None:
+        """Clone one workspace as another, replacing one of that name (DeviceBusy if that, or ``source``, is in use). NoSpace.
+
+        If we die here the old one stands, or the new one.
+        """
+        image = self._existing(source)
+        with said_plainly(f"cloning {image.name}"), images.opened(image) as image_fd:
+            lock(image_fd, image, exclusive=True)
+            self._clone(image, self._workspace(workspace), self._record(workspace.volume), "begin")
 
     def exists(self, workspace: Workspace) -> bool:
         """Whether the workspace is there, whole."""

@@ -87,6 +87,7 @@ class Substrate(Protocol):
     """Operational volumes, their generations, and workspaces."""
 
     kind: str
+    branches: bool  # whether ``branch`` costs no copy, and may be asked for
 
     @property
     def disk(self) -> Path | None:
@@ -173,6 +174,10 @@ class Substrate(Protocol):
 
         At most ``room_bytes`` of it will be written (None: nobody knows): a substrate that sets room aside goes by that.
         """
+
+    def branch(self, workspace: Workspace, source: Workspace) -> None:
+        """Clone one workspace of a volume as another, replacing one of that name. DeviceBusy while ``source`` is attached; NoSuchTransfer,
+        NoSpace leave everything as it was. If we die here the old one stands, or the new one."""
 
     def exists(self, workspace: Workspace) -> bool:
         """Whether the workspace is there, whole."""

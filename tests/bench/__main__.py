@@ -11,7 +11,7 @@ import subprocess
 import sys
 from typing import Final
 
-BENCHES: Final = ("copy", "scattered", "determination", "transfer", "order", "foreground", "cycle")
+BENCHES: Final = ("copy", "scattered", "determination", "transfer", "order", "foreground", "cycle", "recovery")
 
 
 def main(arguments: list[str]) -> int:

@@ -15,7 +15,7 @@ from typing import Any, Final
 from tests.bench import plots
 from tests.bench.harness import parsed, parser
 
-_ORDER: Final = ("cycle", "scattered", "copy", "order", "transfer", "foreground", "determination")
+_ORDER: Final = ("cycle", "recovery", "scattered", "copy", "order", "transfer", "foreground", "determination")
 
 _STYLE: Final = """
 :root { color-scheme: light dark; --bg: #fbfaf8; --fg: #1d2226; --dim: #68717a; --line: #dcd9d3; --card: #fff;
@@ -114,6 +114,14 @@ def _order_curves(measured: dict[str, Any]) -> str:
     return plots.lines("Whole files (up) against bytes sent (right): what could be recovered if the primary died at that byte.", lines)
 
 
+def _recovery(measured: dict[str, Any]) -> str:
+    counts = f"{measured['files']:,} files, {measured['changed']:,} changed, {measured['not_whole']:,} of them not whole"
+    drawn = [plots.bars(f"{counts}, on {measured['filesystem']}. Seconds of each round, and their median.", measured["seconds"], "s")]
+    for way, steps in measured["steps"].items():
+        drawn.append(plots.stacked(f"Where the seconds of {way} went, on average.", [steps], "s"))
+    return "".join(drawn)
+
+
 def _scattered(measured: dict[str, Any]) -> str:
     return plots.bars(f"Reads of 4 KiB a second at depth {measured['depth']}.", measured["per_s"], "/s")
 
@@ -133,6 +141,7 @@ def _nothing(measured: dict[str, Any]) -> str:
 _DRAWN: Final[dict[str, Callable[[dict[str, Any]], str]]] = {
     "cycle": _cycle,
     "order": _order_curves,
+    "recovery": _recovery,
     "scattered": _scattered,
     "copy": _one_each("Sequential copy, device to device.", "mb_per_s", "MB/s"),
     "transfer": _one_each("A whole transfer over TLS on loopback.", "mb_per_s", "MB/s"),

@@ -129,6 +129,7 @@ class Disk:
     content: dict[GenerationId, int] = field(default_factory=dict)
     operational_content: dict[UUID, int] = field(default_factory=dict)
     kind: str = "reflink"
+    branches: bool = True
     disk: Path | None = None
 
     def volumes(self) -> tuple[VolumeRecord, ...]:
@@ -201,7 +202,7 @@ class Disk:
         raise AssertionError("no schedule comes to a verb that takes a disk with blocks")
 
     differential_identity = differential = reading = writing = _not_played
-    create = foreign = adopt = remove = refuse_growth = grow = begin = commit = replace = _not_played
+    create = foreign = adopt = remove = refuse_growth = grow = begin = branch = commit = replace = _not_played
 
 
 class Nas(Host):

@@ -452,6 +452,32 @@ class SubstrateConformance:
         substrate.discard(workspace)
         assert not substrate.exists(workspace)
 
+    def test_a_branch_is_its_source_and_goes_its_own_way(self, substrate: Substrate) -> None:
+        volume = record(Role.SECONDARY)
+        substrate.create(volume)
+        landing, salvage = (Workspace(volume.id, uuid4(), kind) for kind in (WorkspaceKind.LANDING, WorkspaceKind.SALVAGE))
+        substrate.begin(landing, empty_generation(volume.id))
+        with substrate.writing(landing) as device:
+            write(device, 1, block_of("landed"))
+            if substrate.branches:
+                with pytest.raises(DeviceBusy):
+                    substrate.branch(salvage, landing)
+        if not substrate.branches:
+            with pytest.raises(RequestRefused):
+                substrate.branch(salvage, landing)
+            return
+        substrate.begin(salvage, empty_generation(volume.id))
+        substrate.branch(salvage, landing)
+        with substrate.writing(salvage) as device:
+            assert read(device, 1, 1) == block_of("landed")
+            write(device, 1, block_of("undone"))
+        with substrate.writing(landing) as device:
+            assert read(device, 1, 1) == block_of("landed")
+        facts = facts_after(substrate, volume.id, GenerationKind.SALVAGED)
+        substrate.commit(salvage, facts)
+        assert content(substrate, facts.id)[BLOCK_BYTES:][:BLOCK_BYTES] == block_of("undone")
+        assert substrate.workspaces(volume.id) == (landing,)
+
     def test_a_healed_base_takes_the_place_of_the_damaged_one(self, substrate: Substrate) -> None:
         volume = record()
         substrate.create(volume)

@@ -7,15 +7,18 @@ import pickle
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from agent.contract.errors import DeviceBusy, FailpointHit, LandfallError, NoSuchGeneration, VerifyFailed
 from agent.contract.identity import FilesystemKind, GenerationKind
-from agent.recovery.salvage import SalvageJob, recover, salvage, undo
+from agent.contract.messages import GenerationFacts
+from agent.recovery.salvage import SalvageJob, Way, recover, salvage, undo
 from tests.storage import recovery_fixtures
 from tests.storage.recovery_fixtures import MakeScene
+from tests.storage.salvage_model import compare, expected
 from tests.storage.salvage_scene import Built, Scene
 
 pool = recovery_fixtures.pool
@@ -35,13 +38,13 @@ from agent.contract.dmi import Dmi
 from agent.recovery.salvage import SalvageJob, recover, salvage
 from agent.volume.reflink import ReflinkSubstrate
 folder = Path(sys.argv[1])
-pool, transfer, digest, instruction, mounts = pickle.loads((folder / "job").read_bytes())
+pool, transfer, digest, instruction, mounts, way = pickle.loads((folder / "job").read_bytes())
 dmi = Dmi.decode((folder / "dmi").read_bytes())
 arrival = decode((folder / "arrival").read_bytes(), transfer=transfer, dmi_digest=digest, pieces=dmi.piece_total)
 substrate = ReflinkSubstrate(pool)
 substrate.recover()
 recover(substrate, mounts)
-salvage(SalvageJob(substrate, dmi, arrival, instruction, mounts))
+salvage(SalvageJob(substrate, dmi, arrival, instruction, mounts, way=way))
 """
 
 
@@ -58,18 +61,26 @@ def change(root: Path) -> None:
         (root / f"new{number}").write_bytes(os.urandom(9000))
 
 
-def prepared(scene: Scene) -> tuple[Built, SalvageJob]:
+def prepared(scene: Scene, way: Way = Way.FORWARD) -> tuple[Built, SalvageJob]:
+    """A transfer of which everything arrived. That a roll back has files to undo, some are not designated."""
     scene.fill(fill)
     scene.change(change)
     built = scene.build()
-    return built, scene.job(built, scene.land(built))
+    left_out = [built.row(path) for path in (b"a", b"new1")] if way is Way.BACK else []
+    job = scene.job(built, scene.land(built), files=[row for row in built.judged() if row not in left_out])
+    return built, replace(job, way=way)
+
+
+def as_it_must_be(scene: Scene, built: Built, job: SalvageJob, generation: GenerationFacts) -> bool:
+    whole = {identity for identity, row in built.rows.items() if row in job.instruction.files}
+    return compare(scene.walked(generation), expected(built.base, built.target, whole, hold=not job.instruction.complete)) == []
 
 
 def child(scene: Scene, job: SalvageJob, failpoints: str) -> int:
     """Runs a salvage as a node does after a start, in a process of its own."""
     folder = scene.tmp / "child"
     folder.mkdir(exist_ok=True)
-    facts = (scene.substrate.pool.path, job.dmi.head.transfer, job.arrival.dmi_digest, job.instruction, job.mount_folder)
+    facts = (scene.substrate.pool.path, job.dmi.head.transfer, job.arrival.dmi_digest, job.instruction, job.mount_folder, job.way)
     (folder / "job").write_bytes(pickle.dumps(facts))
     (folder / "dmi").write_bytes(b"".join(job.dmi.encode()))
     (folder / "arrival").write_bytes(scene.arrival_bytes)
@@ -93,12 +104,13 @@ def nothing_left(scene: Scene, job: SalvageJob) -> None:
     assert not job.mount_folder.exists() or list(job.mount_folder.iterdir()) == []
 
 
+@pytest.mark.parametrize("way", list(Way))
 @pytest.mark.parametrize("point", POINTS)
-def test_B9_killed_at_any_step_it_is_the_base_or_done_and_runs_again(make_scene: MakeScene, point: str) -> None:
+def test_B9_killed_at_any_step_it_is_the_base_or_done_and_runs_again(make_scene: MakeScene, point: str, way: Way) -> None:
     scene = make_scene(FilesystemKind.EXT4)
-    built, job = prepared(scene)
+    built, job = prepared(scene, way)
     before = scene.substrate.generations(scene.volume)
-    nth = ":3" if point == "file" else ""
+    nth = ":2" if point == "file" else ""
     assert child(scene, job, f"recovery.{point}=kill{nth}") == -signal.SIGKILL
     held = scene.substrate.generations(scene.volume)
     committed = [facts for facts in held if facts not in before]
@@ -108,19 +120,20 @@ def test_B9_killed_at_any_step_it_is_the_base_or_done_and_runs_again(make_scene:
     if not committed:
         result = salvage(job)
         committed = [result.generation]
-    assert scene.walked(committed[0]).facts() == built.target.facts()
+    assert as_it_must_be(scene, built, job, committed[0])
     assert scene.walked(scene.base).facts() == built.base.facts()
     nothing_left(scene, job)
 
 
-def test_B10_killed_three_times_in_a_row_it_still_ends_well(scene: Scene) -> None:
-    built, job = prepared(scene)
+@pytest.mark.parametrize("way", list(Way))
+def test_B10_killed_three_times_in_a_row_it_still_ends_well(scene: Scene, way: Way) -> None:
+    built, job = prepared(scene, way)
     for failpoints in ("recovery.after_namespace=kill", "recovery.file=kill:2", "recovery.before_commit=kill"):
         assert child(scene, job, failpoints) == -signal.SIGKILL
     assert child(scene, job, "") == 0
     newest = scene.substrate.generations(scene.volume)[-1]
     assert newest.kind is GenerationKind.SALVAGED
-    assert scene.walked(newest).facts() == built.target.facts()
+    assert as_it_must_be(scene, built, job, newest)
     nothing_left(scene, job)
 
 
@@ -132,16 +145,18 @@ def test_B10_the_sweep_itself_can_be_repeated(scene: Scene) -> None:
     nothing_left(scene, job)
 
 
-def test_every_failpoint_is_passed(scene: Scene) -> None:
-    _, job = prepared(scene)
+@pytest.mark.parametrize("way", list(Way))
+def test_every_failpoint_is_passed(scene: Scene, way: Way) -> None:
+    _, job = prepared(scene, way)
     assert child(scene, job, "") == 0
     passed = set((scene.tmp / "child/trace").read_text().split())
     assert {f"recovery.{point}" for point in POINTS} <= passed
 
 
+@pytest.mark.parametrize("way", list(Way))
 @pytest.mark.parametrize("point", ["file", "after_namespace", "before_commit"])
-def test_B9_an_error_at_any_step_leaves_nothing(scene: Scene, monkeypatch: pytest.MonkeyPatch, point: str) -> None:
-    _, job = prepared(scene)
+def test_B9_an_error_at_any_step_leaves_nothing(scene: Scene, monkeypatch: pytest.MonkeyPatch, point: str, way: Way) -> None:
+    _, job = prepared(scene, way)
     monkeypatch.setenv("LANDFALL_ALLOW_FAILPOINTS", "1")
     monkeypatch.setenv("LANDFALL_FAILPOINTS", ";".join(f"recovery.{point}=raise:{n}" for n in range(1, 99)))
     with pytest.raises(FailpointHit):
@@ -182,7 +197,7 @@ def test_what_does_not_read_back_is_not_committed(scene: Scene, monkeypatch: pyt
 
 def test_attributes_that_do_not_read_back_are_caught(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     _, job = prepared(scene)
-    monkeypatch.setattr("agent.recovery.inode.set_mtime", lambda fd, dmi, row: None)
+    monkeypatch.setattr("agent.recovery.inode.set_mtime", lambda fd, state: None)
     with pytest.raises(VerifyFailed, match="does not read back"):
         salvage(job)
     nothing_left(scene, job)

@@ -77,7 +77,11 @@ def test_ranges_of_data_and_holes() -> None:
         extent_flags=np.array([0, 0], np.uint32),
     )
     assert data_ranges(dmi, 1) == [(2 * BLOCK_BYTES, 2 * BLOCK_BYTES), (5 * BLOCK_BYTES, BLOCK_BYTES)]
-    assert hole_ranges(dmi, 1) == [(0, 2 * BLOCK_BYTES), (4 * BLOCK_BYTES, BLOCK_BYTES), (6 * BLOCK_BYTES, 3 * BLOCK_BYTES + 1)]
+    assert hole_ranges(data_ranges(dmi, 1), int(dmi.size[1])) == [
+        (0, 2 * BLOCK_BYTES),
+        (4 * BLOCK_BYTES, BLOCK_BYTES),
+        (6 * BLOCK_BYTES, 3 * BLOCK_BYTES + 1),
+    ]
     unwritten = replace(dmi, extent_flags=np.array([ExtentFlag.UNWRITTEN, 0], np.uint32))
     assert data_ranges(unwritten, 1) == [(5 * BLOCK_BYTES, BLOCK_BYTES)]
 

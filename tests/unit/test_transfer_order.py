@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from agent.contract.dmi import Change, Dmi, Owner
 from agent.contract.identity import FilesystemKind
 from agent.contract.messages import Differential
-from agent.transfer.order import bytes_to_send, send_order
+from agent.transfer.order import METADATA_AT, bytes_to_send, send_order
 from tests.transfer_scene import make_differential
 
 
@@ -25,15 +25,19 @@ def by_the_book(dmi: Dmi, priority: dict[int, int], differential: Differential) 
     sizes = bytes_to_send(dmi, differential)
     named = [file for file in range(dmi.file_total) if not dmi.change[file] & Change.NAMELESS]
     named.sort(key=lambda file: (-priority.get(file, 0), int(sizes[dmi.needs(file)].sum()), file))
+    needed = {row for file in named for row in dmi.needs(file).tolist()}
+    total = sum(int(sizes[row]) for row in needed)
+    with_metadata = [Owner.METADATA, Owner.JOURNAL] if dmi.head.filesystem is FilesystemKind.XFS else [Owner.METADATA]
+    metadata = [row for row in range(dmi.piece_total) if row not in needed and dmi.owner[row] in with_metadata]
     order: list[int] = []
     for file in named:
-        order += sorted(row for row in set(dmi.needs(file).tolist()) if row not in set(order))
-    log = [Owner.JOURNAL]
-    stages = [[Owner.METADATA], [Owner.FILE], [Owner.FREE], log]
-    if dmi.head.filesystem is FilesystemKind.XFS:
-        stages = [[Owner.METADATA, Owner.JOURNAL], [Owner.FILE], [Owner.FREE]]
-    for owners in stages:
-        order += [row for row in range(dmi.piece_total) if row not in set(order) and dmi.owner[row] in owners]
+        own = sorted(row for row in set(dmi.needs(file).tolist()) if row not in set(order))
+        if metadata and sum(int(sizes[row]) for row in {*order, *own}) > METADATA_AT * total:
+            order, metadata = order + metadata, []
+        order += own
+    order += metadata
+    for owner in (Owner.FILE, Owner.FREE, Owner.JOURNAL):
+        order += [row for row in range(dmi.piece_total) if row not in set(order) and dmi.owner[row] == owner]
     return order
 
 
