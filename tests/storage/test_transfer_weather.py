@@ -49,10 +49,9 @@ def test_D5_a_link_that_loses_packets_and_has_a_long_way_is_only_slower(network:
     had = 0
     for _ in range(SESSIONS):
         sent, _ = within(network, lambda: scene.transfer(both=limits, receiving={"handshake_limit_s": 30.0}))
-        if isinstance(sent, Sent):
+        if scene.committed:  # what the target said of it may be lost
             break
         assert isinstance(sent, LinkLost), sent
-        assert scene.committed == 0
         before, had = had, scene.check_recorded()
         assert had >= before
     assert scene.committed == 1
