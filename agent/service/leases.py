@@ -13,6 +13,7 @@ from agent.contract import messages as m
 from agent.contract.errors import DeviceBusy, LandfallError, LeaseEnded
 from agent.service.node import Node, ProgressCall
 from agent.service.serving import LOCKS_S, lease_end_ns, require_primary
+from agent.serving.keeper import wants_keeping
 from agent.serving.tenure import is_over
 from agent.system.clock import boottime_ns
 from agent.system.files import locked
@@ -64,10 +65,10 @@ class LeaseWatch:
         node = self._node
         for tenure in node.tenures.all():
             mark = node.tenures.ended(tenure)
-            if mark is None and tenure.lease_until_ns is not None:
+            if wants_keeping(node.keeper, node.machine, node.tenures, tenure):
                 with locked(node.keeper.folder / "gate", wait_s=0.0):
                     node.keep(node.keeper)
-            elif mark is not None and not mark.told:
+            if mark is not None and not mark.told:
                 try:
                     with locked(node.keeper.folder / "hands", wait_s=HANDS_S):
                         if (mark := node.tenures.ended(tenure)) is not None and not mark.told:

@@ -102,21 +102,36 @@ def keep(order: KeeperOrder, machine: Machine, leave: Callable[[], NoReturn], *,
 
 def _leave_if_idle(order: KeeperOrder, machine: Machine, tenures: Tenures, leave: Callable[[], NoReturn]) -> None:
     """Leave where there is nothing to keep; decided while nobody can add something, so that no lease is without a keeper."""
-    if any(_wants_keeping(order, machine, tenures, tenure) for tenure in tenures.all()):
+    if any(wants_keeping(order, machine, tenures, tenure) for tenure in tenures.all()):
         return
     with contextlib.suppress(DeviceBusy), locked(order.folder / "gate", wait_s=0.0):
-        if not any(_wants_keeping(order, machine, tenures, tenure) for tenure in tenures.all()):
+        if not any(wants_keeping(order, machine, tenures, tenure) for tenure in tenures.all()):
             leave()  # with both locks held to the end: whoever waits at the gate finds no keeper
 
 
-def _wants_keeping(order: KeeperOrder, machine: Machine, tenures: Tenures, tenure: Tenure) -> bool:
+def wants_keeping(order: KeeperOrder, machine: Machine, tenures: Tenures, tenure: Tenure) -> bool:
+    """Whether there has to be a keeper for a tenure: it has a lease that has not ended, or something of it is left that should not be."""
     return tenure.lease_until_ns is not None and (tenures.ended(tenure) is None or _is_left(order, machine, tenure))
 
 
 def _is_left(order: KeeperOrder, machine: Machine, tenure: Tenure) -> bool:
     """Whether something can still be reached or written to."""
-    is_mounted = machine.mounts.is_writable(Path(order.mounts) / tenure.name)
-    return is_mounted or bool(tenure.address and machine.addresses.is_held(addresses.parse(tenure.address)))
+    share = _share(order, tenure)
+    if machine.mounts.is_writable(share.path) or (tenure.address and machine.addresses.is_held(addresses.parse(tenure.address))):
+        return True
+    return any(exporter.is_open(share) for exporter in (_samba(order, machine, tuple), _nfs(order)))
+
+
+def _share(order: KeeperOrder, tenure: Tenure) -> Share:
+    return Share(tenure.name, Path(order.mounts) / tenure.name)
+
+
+def _samba(order: KeeperOrder, machine: Machine, addresses_left: Callable[[], tuple[str, ...]]) -> Smb:
+    return machine.smb(Path(order.samba), order.samba_address, order.samba_port, order.samba_guest, addresses_left)
+
+
+def _nfs(order: KeeperOrder) -> Nfs:
+    return Nfs(Path(order.nfs), order.nfs_clients)
 
 
 def _give_up(order: KeeperOrder, machine: Machine, tenures: Tenures) -> None:
@@ -126,13 +141,12 @@ def _give_up(order: KeeperOrder, machine: Machine, tenures: Tenures) -> None:
     Whoever serves anew holds the same lock, but not for ever.
     """
     given_up: dict[UUID, Tenure] = {}
-    samba = machine.smb(
-        Path(order.samba), order.samba_address, order.samba_port, order.samba_guest, lambda: _addresses_without(tenures, given_up)
-    )
+    samba = _samba(order, machine, lambda: _addresses_without(tenures, given_up))
     with contextlib.ExitStack() as hands:
         with contextlib.suppress(DeviceBusy):  # an agent that was stopped while it held them
             hands.enter_context(locked(order.folder / "hands", wait_s=HANDS_S))
         shared: tuple[Share, ...] = ()
+        stopped = False
         with _going_on([], "what is exported could not be read"):
             shared = samba.shares()
         while over := [found for found in _to_give_up(order, machine, tenures) if found.volume not in given_up]:
@@ -140,12 +154,15 @@ def _give_up(order: KeeperOrder, machine: Machine, tenures: Tenures) -> None:
             first = [tenure for tenure in over if tenures.ended(tenure) is None]
             for tenure in first:
                 tenures.mark_ended(tenure, REASON)
-            for tenure, how in zip(over, _end(order, machine, samba, over), strict=True):
+            # While a local program keeps a volume busy this comes again and again: no share of another volume is to suffer from that.
+            stop = bool(first) or any(samba.is_open(_share(order, tenure)) for tenure in over)
+            stopped = stopped or stop
+            for tenure, how in zip(over, _end(order, machine, samba if stop else None, over), strict=True):
                 if tenure in first:
                     tenures.mark_ended(tenure, f"{REASON}: {how}")
                     log.info("volume %s: %s: %s", tenure.name, REASON, how)
         names = {tenure.name for tenure in given_up.values()}
-        if given_up and (others := tuple(share for share in shared if share.name not in names)):
+        if stopped and (others := tuple(share for share in shared if share.name not in names)):
             with _going_on([], "the other shares could not be exported again"):
                 samba.export_all(others, limit_s=order.margin_s / 8)
 
@@ -156,25 +173,30 @@ def _to_give_up(order: KeeperOrder, machine: Machine, tenures: Tenures) -> list[
     return [tenure for tenure in over if tenures.ended(tenure) is None or _is_left(order, machine, tenure)]
 
 
-def _end(order: KeeperOrder, machine: Machine, samba: Smb, over: list[Tenure]) -> list[str]:
-    """Return in words what was done for each; none is reached by a client any more before the first is made unwritable."""
+def _end(order: KeeperOrder, machine: Machine, samba: Smb | None, over: list[Tenure]) -> list[str]:
+    """Return in words what was done for each; none is reached by a client any more before the first is made unwritable.
+
+    ``samba``: what is to be stopped; None where it exports nothing of this.
+    """
     exports: list[str] = []
-    with _going_on(exports, "the exports could not be ended"):
-        samba.stop(limit_s=HANDS_S)
-        exports.append("exports ended")
+    if samba is not None:
+        with _going_on(exports, "the exports could not be ended"):
+            samba.stop(limit_s=HANDS_S)
+            exports.append("exports ended")
     done = [list(exports) for _ in over]
     for tenure, words in zip(over, done, strict=True):
         if tenure.address:
             with _going_on(words, "the address could not be given up"):
                 machine.addresses.remove(addresses.parse(tenure.address))
                 words.append("address given up")
-    nfs, until_s = Nfs(Path(order.nfs), order.nfs_clients), clock.monotonic_s() + order.margin_s / 8
+    nfs, until_s = _nfs(order), clock.monotonic_s() + order.margin_s / 8
     for tenure, words in zip(over, done, strict=True):
         with _going_on(words, "the NFS export could not be ended"):  # only now that nobody can ask whether it is there
-            nfs.close(Share(tenure.name, Path(order.mounts) / tenure.name), limit_s=until_s - clock.monotonic_s())
+            was_open = nfs.is_open(_share(order, tenure))
+            nfs.close(_share(order, tenure), limit_s=until_s - clock.monotonic_s())
+            words += ["NFS export ended"] if was_open else []
     ending = [
-        machine.threads.beside(partial(machine.make_unwritable, Path(order.mounts) / tenure.name, limit_s=order.margin_s / 5))
-        for tenure in over
+        machine.threads.beside(partial(machine.make_unwritable, _share(order, tenure).path, limit_s=order.margin_s / 5)) for tenure in over
     ]
     for ended, words in zip(ending, done, strict=True):
         with _going_on(words, "the volume could not be made unwritable"):

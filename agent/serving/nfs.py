@@ -51,6 +51,8 @@ START_LIMIT_S: Final = 60.0
 CLOSE_LIMIT_S: Final = 60.0
 
 _VERSIONS: Final = ("--no-nfs-version", "3", "--no-nfs-version", "4.0")
+_NO_PORTS: Final = ("--no-nfs-version", "2", "--no-nfs-version", "3")
+"""Without these rpc.mountd listens at ports of its own for clients of versions that are not served."""
 _FLUSHED_S: Final = 1.1
 _KEPT: Final = "the kernel keeps an export"
 _SUPERBLOCK: Final = re.compile(r'^- \S+: \{[^"]*superblock: "([0-9a-f]+):([0-9a-f]+):', re.MULTILINE)
@@ -198,7 +200,7 @@ class Nfs:
     def _start_answering(self) -> None:
         self.folder.mkdir(mode=0o755, parents=True, exist_ok=True)
         with open(self.folder / "mountd.log", "ab") as said:
-            argv = ["rpc.mountd", "--foreground", "--no-nfs-version", "3"]
+            argv = ["rpc.mountd", "--foreground", *_NO_PORTS]
             child = start(argv, stdout=said.fileno(), stderr=said.fileno())
         write_durably(self._pid_file, f"{child.pid}\n".encode())
         if not wait_until(lambda: child.poll() is not None or self._answers(), START_LIMIT_S) or child.returncode is not None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from agent.system import block
 from agent.system.run import finishes
 from agent.volume import filesystem
+from agent.volume.mounts import mount_on
 
 
 def make_unwritable(mount_point: Path, *, limit_s: float) -> str:
@@ -16,7 +17,8 @@ def make_unwritable(mount_point: Path, *, limit_s: float) -> str:
     What was written before is written back first, as far as the time allows; a filesystem that was shut down replays its log at its next
     mount. A program that hangs is left behind: it can do no harm to what comes after it.
     """
-    if not filesystem.is_mounted(mount_point):
+    there = mount_on(mount_point)
+    if there is None:
         return "not mounted"
     if finishes(["umount", "-n", str(mount_point)], limit_s) or not filesystem.is_mounted(mount_point):
         return "unmounted"
@@ -25,6 +27,9 @@ def make_unwritable(mount_point: Path, *, limit_s: float) -> str:
         return "in use, made read-only"
     mount_fd = os.open(mount_point, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
+        # What was left behind above may have ended by now: what lies below the mount point is another filesystem, perhaps the root's.
+        if os.fstat(mount_fd).st_dev != os.makedev(*there.device):
+            return "unmounted"
         block.go_down(mount_fd, flush_log=True)
     finally:
         os.close(mount_fd)

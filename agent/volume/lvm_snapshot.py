@@ -269,12 +269,11 @@ class LvmSnapshotSubstrate(LvmSubstrate):
     def _read(self) -> Held:
         """Read what every logical volume is. One that LVM is merging is nothing any more; one that is no snapshot yet, nothing yet.
 
-        One that is no snapshot while its origin is being made larger is left out: it is neither to be read nor to be swept.
+        One that is no snapshot while its origin is being made larger is what it was, and not to be read.
         """
         found = [volume for volume in lvm.volumes(self.group) if _is_ours(volume)]
-        detached = frozenset[str]().union(*(tags.detached(volume.tags) - {volume.uuid} for volume in found))
-        found = [volume for volume in found if volume.origin or volume.uuid not in detached]
-        plain = [volume for volume in found if not volume.origin and volume.kind != _ZERO_KIND]
+        detached = frozenset[str]().union(*(tags.detached(volume.tags) for volume in found))
+        plain = [volume for volume in found if not volume.origin and volume.kind != _ZERO_KIND and volume.uuid not in detached]
         half = tuple(volume for volume in plain if not any(tag.startswith("landfall/origin/") for tag in volume.tags))
         alive = [volume for volume in found if volume not in half and not (volume.merging and volume.origin)]
         held = lvm_held.read(alive, self.group.name)
@@ -349,6 +348,7 @@ class LvmSnapshotSubstrate(LvmSubstrate):
 
         NoSpace before anything is made.
         """
+        _refuse_detached(origin)
         free, most = lvm.free_bytes(self.group), cow_bytes(origin.size_bytes, CHUNK_BYTES)
         if room_bytes is not None:
             size = min(most, cow_bytes(room_bytes, CHUNK_BYTES) + _SLACK_BYTES)
@@ -541,11 +541,10 @@ class LvmSnapshotSubstrate(LvmSubstrate):
         """Let the kernel have the origin with its snapshots, and wait for a merge that was begun. DeviceBusy if that cannot go on.
 
         Until the kernel merges, an origin that LVM calls merging reads as it did before: nobody may see it then. Nor while its snapshots
-        are detached: they would miss what is written to it.
+        are detached.
         """
         origin = self._held().origins[volume]
-        if tags.detached(origin.tags):
-            raise DeviceBusy(f"volume {volume} is being made larger", fix="If that was cut short: start the agent anew.")
+        _refuse_detached(origin)
         device = mapper.by_identity(lvm.dm_uuid(self.group, origin.uuid))
         if device is None:
             lvm.activate(self.group, origin)
@@ -602,7 +601,8 @@ class LvmSnapshotSubstrate(LvmSubstrate):
     def _active(self, volume: LogicalVolume, record: VolumeRecord) -> Path:
         """Return LVM's device of the origin or a snapshot of it, activating them all if need be."""
         device = mapper.by_identity(lvm.dm_uuid(self.group, volume.uuid))
-        if device is None or self._held().origins[record.id].merging:
+        origin = self._held().origins[record.id]
+        if device is None or origin.merging or tags.detached(origin.tags):
             self._activate(record.id)
         return self._existing(volume)
 
@@ -640,6 +640,12 @@ class LvmSnapshotSubstrate(LvmSubstrate):
 
 def _is_ours(volume: LogicalVolume) -> bool:
     return any(tag.startswith("landfall/") for tag in volume.tags) and volume.kind != "thin-pool"
+
+
+def _refuse_detached(origin: LogicalVolume) -> None:
+    """DeviceBusy while an origin has snapshots that LVM does not know: they would miss what is written to it."""
+    if tags.detached(origin.tags):
+        raise DeviceBusy("the volume is being made larger", cause=origin.name, fix="If that was cut short: start the agent anew.")
 
 
 def _content_tags(origin: LogicalVolume) -> list[str]:

@@ -285,9 +285,16 @@ class Disk:
             if writable:
                 self.lvm("lvchange", "--permission", "r", volume)
 
+    def merging(self) -> list[str]:
+        """Return the names of the snapshots that LVM is merging; they are nothing any more."""
+        fields = "lv_name,lv_merging,origin_uuid"
+        rows = json.loads(self.lvm("lvs", "-a", "--reportformat", "json", "-o", fields, self.group))["report"][0]["lv"]
+        return [row["lv_name"].strip("[]") for row in rows if row["lv_merging"] == "merging" and row["origin_uuid"]]
+
     def named(self, tag: str) -> str:
         """Return the name of the one logical volume with a tag that begins so; what an origin holds it holds only if no other does."""
-        found = {name: tags for name, tags in self.tags().items() if tag in tags}
+        merging = self.merging()
+        found = {name: tags for name, tags in self.tags().items() if tag in tags and name not in merging}
         (name,) = [name for name, tags in found.items() if len(found) == 1 or "landfall/origin/" not in tags]
         return name
 

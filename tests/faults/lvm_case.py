@@ -10,6 +10,8 @@ import os
 import random
 import secrets
 import subprocess
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,7 @@ import numpy as np
 from agent.contract import messages as m
 from agent.contract.errors import LandfallError
 from agent.contract.identity import FilesystemKind, GenerationId
+from agent.system.clock import wait_until
 from mgmt.authority import Authority
 from mgmt.drill.checker.blocks import read_arrival
 from tests.faults.disks import Disk, generation_tag
@@ -29,6 +32,8 @@ BLOCK = 4096
 VOLUME_BYTES = 32 * MIB
 FILES = 48
 SLOWLY = 2 * MIB  # bytes in a second, so that pieces come in several groups
+VERY_SLOWLY = 64 << 10
+LIMIT_S = 120.0
 MARK = b"landfall: these bytes stand in the target's one big file, and nowhere else. "
 
 
@@ -85,6 +90,39 @@ class LvmCase:
             assert self.disks[1].digest(generation) == self.digests[generation]
         assert self.disks[1].workspaces() == []
         return sent
+
+
+def meanwhile(
+    case: LvmCase, pair: Pair, node: NodeProcess, act: Callable[[], None], *, silence_limit_s: float = 60.0
+) -> LandfallError | None:
+    """Send; once ``node`` stands still at its failpoint, act and let it go on. Return the error in which the transfer ends."""
+
+    def send() -> LandfallError | None:
+        try:
+            case.send(pair, rate_limit_bytes_s=VERY_SLOWLY, silence_limit_s=silence_limit_s)
+        except LandfallError as error:
+            return error
+        return None
+
+    with ThreadPoolExecutor(1) as executor:
+        ended: Future[LandfallError | None] = executor.submit(send)
+        try:
+            assert wait_until(lambda: node.stopped() or ended.done(), LIMIT_S)
+            assert not ended.done(), ended.result()
+            act()
+        finally:
+            node.go_on()
+        return ended.result(timeout=LIMIT_S)
+
+
+def settled(case: LvmCase, pair: Pair) -> None:
+    """Wait until NAS 2's reception has ended."""
+
+    def ended() -> bool:
+        known: m.Transfers = pair.nas2.ask(m.ListTransfers())
+        return all(facts.state is not m.TransferState.RUNNING for facts in known.transfers if facts.id == case.transfer)
+
+    assert wait_until(ended, LIMIT_S)
 
 
 def landed_as_recorded(case: LvmCase, disk: Disk) -> int:

@@ -4,24 +4,40 @@ from __future__ import annotations
 
 import os
 import stat
+import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from agent.contract import messages as m
 from agent.contract.errors import DeviceBusy, DeviceFailed, GenerationInvalid, LandfallError
-from agent.system.clock import wait_until
+from agent.contract.frames import Batch
+from agent.transfer.landing import Recorded
 from tests.faults.disks import CHUNK_SECTORS, command, create, dmsetup, remove
-from tests.faults.lvm_case import MARK, LvmCase, landed_as_recorded
-from tests.faults.rig import MIB, NodeProcess, Pair
+from tests.faults.lvm_case import LIMIT_S, MARK, VERY_SLOWLY, LvmCase, landed_as_recorded, meanwhile, settled
+from tests.faults.rig import MIB, Pair
 
 pytestmark = pytest.mark.device_mapper
 
-LIMIT_S = 120.0
-VERY_SLOWLY = 64 << 10  # bytes in a second: pieces come in several groups
+
+def one_batch_first() -> None:
+    """What comes first is recorded before anything else is written, however slow the machine."""
+    from agent.transfer.landing import Landing
+
+    first, recorded, take, record = threading.Lock(), threading.Event(), Landing.take, Landing.record
+
+    def take_in_turn(self: Landing, batch: Batch, buffer: memoryview) -> None:
+        if not first.acquire(blocking=False):
+            assert recorded.wait(LIMIT_S)
+        take(self, batch, buffer)
+
+    def record_and_say(self: Landing, timeout_s: float) -> Recorded | None:
+        done = record(self, timeout_s)
+        if done is not None:
+            recorded.set()
+        return done
+
+    Landing.take, Landing.record = take_in_turn, record_and_say  # type: ignore[method-assign]
 
 
 def running(pair: Pair) -> Pair:
@@ -35,39 +51,6 @@ def refused(case: LvmCase, pair: Pair, **options: object) -> LandfallError:
     with pytest.raises(LandfallError) as ended:
         case.send(pair, **options)
     return ended.value
-
-
-def meanwhile(
-    case: LvmCase, pair: Pair, node: NodeProcess, act: Callable[[], None], *, silence_limit_s: float = 60.0
-) -> LandfallError | None:
-    """Send; once ``node`` stands still at its failpoint, act and let it go on. Return the error in which the transfer ends."""
-
-    def send() -> LandfallError | None:
-        try:
-            case.send(pair, rate_limit_bytes_s=VERY_SLOWLY, silence_limit_s=silence_limit_s)
-        except LandfallError as error:
-            return error
-        return None
-
-    with ThreadPoolExecutor(1) as executor:
-        ended: Future[LandfallError | None] = executor.submit(send)
-        try:
-            assert wait_until(lambda: node.stopped() or ended.done(), LIMIT_S)
-            assert not ended.done(), ended.result()
-            act()
-        finally:
-            node.go_on()
-        return ended.result(timeout=LIMIT_S)
-
-
-def settled(case: LvmCase, pair: Pair) -> None:
-    """Wait until NAS 2's reception has ended."""
-
-    def ended() -> bool:
-        known: m.Transfers = pair.nas2.ask(m.ListTransfers())
-        return all(facts.state is not m.TransferState.RUNNING for facts in known.transfers if facts.id == case.transfer)
-
-    assert wait_until(ended, LIMIT_S)
 
 
 def test_E1_a_source_that_cannot_be_read_is_said_with_its_place_and_no_zeros_are_sent(group_case: LvmCase, group_pair: Pair) -> None:
@@ -93,6 +76,7 @@ def test_E2_what_cannot_be_written_is_not_acknowledged(group_case: LvmCase, grou
     """A classic snapshot that cannot be written is given up by the kernel, so there everything comes again."""
     disk, pair = group_case.disks[1], group_pair
     pair.nas1.start()
+    pair.nas2.sabotage = one_batch_first
     pair.nas2.start_armed("dst.after_record=stop")
     error = meanwhile(group_case, pair, pair.nas2, lambda: disk.put(disk.with_parts(disk.landing_room(), "error")))
     assert isinstance(error, DeviceFailed), error
@@ -116,6 +100,7 @@ def test_E3_after_a_flush_that_failed_nothing_since_the_last_one_is_trusted(grou
     """
     disk, pair = group_case.disks[1], group_pair
     pair.nas1.start()
+    pair.nas2.sabotage = one_batch_first
     pair.nas2.start_armed("dst.after_record=stop")
     error = meanwhile(group_case, pair, pair.nas2, disk.fail_flushes)
     assert isinstance(error, DeviceFailed | GenerationInvalid), error
@@ -209,9 +194,9 @@ def test_E19_a_landing_volume_that_somebody_has_opened_is_not_written(group_case
     assert group_case.converge(pair).pieces_skipped == had
 
 
-def test_E24_a_disk_that_takes_seconds_is_no_death(thin_case: LvmCase, thin_pair: Pair) -> None:
+def test_E24_a_disk_that_takes_seconds_is_no_death(group_case: LvmCase, group_pair: Pair) -> None:
     """Only the next little that is written to the landing volume is slow: each of its writes takes longer than silence is borne."""
-    disk, pair = thin_case.disks[1], thin_pair
+    disk, pair = group_case.disks[1], group_pair
     pair.nas1.start()
     pair.nas2.start_armed("dst.after_prepare=stop")
 
@@ -220,10 +205,10 @@ def test_E24_a_disk_that_takes_seconds_is_no_death(thin_case: LvmCase, thin_pair
         disk.put(disk.with_parts(parts, "delay {disk} 0 {disk} 7000 {disk} 0"))
 
     begun = time.monotonic()
-    assert meanwhile(thin_case, pair, pair.nas2, slow_down, silence_limit_s=5.0) is None
+    assert meanwhile(group_case, pair, pair.nas2, slow_down, silence_limit_s=5.0) is None
     assert time.monotonic() - begun > 7.0, "the disk was not slow"
     disk.heal()
-    assert thin_case.converge(pair).pieces_sent == 0
+    assert group_case.converge(pair).pieces_sent == 0
 
 
 def test_E6_a_pool_that_runs_full_ends_the_transfer_and_the_base_stays(thin_case: LvmCase, thin_pair: Pair) -> None:

@@ -1,7 +1,8 @@
-"""NAS 1 on a volume group dies, reboots, or loses the programs that it started: the base stays good, and the transfer goes on."""
+"""NAS 1 on a volume group dies, reboots, loses the programs that it started, or snapshots: the base stays good, the transfer goes on."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import time
 from contextlib import suppress
@@ -10,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from agent.contract import messages as m
-from agent.contract.errors import LandfallError
-from agent.contract.identity import GenerationId
+from agent.contract.errors import GenerationInvalid, LandfallError
+from agent.contract.identity import GenerationId, empty_generation
 from tests.faults.disks import command, create, dmsetup, remove
-from tests.faults.lvm_case import SLOWLY, LvmCase
+from tests.faults.lvm_case import SLOWLY, LvmCase, meanwhile, settled
 from tests.faults.rig import Pair
 
 pytestmark = pytest.mark.device_mapper
@@ -26,6 +27,34 @@ sleep "$(cat {delay})"
 kill -9 $child 2>/dev/null
 wait $child
 """
+
+
+class Clients:
+    """Who writes to NAS 1's volume while it is replicated, more than there is room for beside its generations."""
+
+    def __init__(self, case: LvmCase, pair: Pair) -> None:
+        self.case, self.pair = case, pair
+        facts: m.VolumeFacts = pair.nas1.ask(m.ServeVolume(case.volume, 1))
+        self.file = Path(facts.mount_point) / "too much"
+        self.content = b""
+
+    def overflow(self) -> None:
+        """Fill the filesystem, so that the kernel gives up the snapshots of base and target."""
+        room = os.statvfs(self.file.parent)
+        self.content = os.urandom(room.f_bavail * room.f_frsize - (1 << 20))
+        with open(self.file, "wb") as file:
+            file.write(self.content)
+            os.fsync(file.fileno())
+        status = [line.split() for line in dmsetup("status", "--target", "snapshot").splitlines()]
+        ours = self.case.disks[0].group.replace("-", "--")
+        lost = [words for words in status if words[0].startswith(f"{ours}-") and words[-1] in {"Invalid", "Overflow"}]
+        assert len(lost) == 2, status
+
+    def assert_well_served(self) -> None:
+        """Assert that the operational volume has all that was written to it, also after its filesystem was unmounted."""
+        self.pair.nas1.ask(m.StopServing(self.case.volume))
+        self.pair.nas1.ask(m.ServeVolume(self.case.volume, 1))
+        assert self.file.read_bytes() == self.content
 
 
 def generations(pair: Pair, case: LvmCase) -> list[GenerationId]:
@@ -74,6 +103,44 @@ def test_A12_E17_after_a_reboot_under_other_device_names_the_transfer_goes_on(th
         assert thin_case.converge(pair).pieces_skipped == had
     finally:
         command("losetup", "--detach", other)
+
+
+def test_E8_snapshots_that_overflow_under_a_transfer_end_it_and_the_next_is_in_full(snapshot_case: LvmCase, snapshot_pair: Pair) -> None:
+    case, pair = snapshot_case, snapshot_pair
+    pair.nas2.start()
+    pair.nas1.start_armed("src.before_batch=stop:2")
+    clients = Clients(case, pair)
+    error = meanwhile(case, pair, pair.nas1, clients.overflow)
+    assert isinstance(error, GenerationInvalid), error
+    assert "gave up" in str(error)
+    settled(case, pair)
+    case.untouched(pair)
+    clients.assert_well_served()
+    pair.nas1.ask(m.DiscardTransfer(case.transfer))
+    pair.nas2.ask(m.DiscardTransfer(case.transfer))
+    after = pair.take(case.volume)
+    with pytest.raises(GenerationInvalid):
+        pair.build(case.base, after)
+    for node in (pair.nas1, pair.nas2):
+        node.ask(m.DropGeneration(case.base))
+    nothing = empty_generation(case.volume)
+    pair.receive_and_send(pair.build(nothing, after), nothing, after, m.Differential.VERIFY)
+    assert case.disks[1].digest(after) == case.disks[0].digest(after)
+
+
+def test_E9_snapshots_that_overflow_after_the_last_read_keep_the_target_from_being_committed(
+    snapshot_case: LvmCase, snapshot_pair: Pair
+) -> None:
+    case, pair = snapshot_case, snapshot_pair
+    pair.nas2.start()
+    pair.nas1.start_armed("src.before_commit=stop")
+    clients = Clients(case, pair)
+    error = meanwhile(case, pair, pair.nas1, clients.overflow)
+    assert isinstance(error, GenerationInvalid), error
+    settled(case, pair)
+    assert case.arrived(pair) > 0, "it was all there but for the word to commit it"
+    case.untouched(pair)
+    clients.assert_well_served()
 
 
 @pytest.mark.timeout(600)

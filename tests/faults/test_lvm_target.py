@@ -17,14 +17,13 @@ import pytest
 from agent.contract.errors import LandfallError
 from mgmt.drill.checker.blocks import read_arrival
 from tests.faults.disks import GROUP_AT, Disk, command, dmsetup, generation_tag
-from tests.faults.lvm_case import LvmCase, landed_as_recorded
+from tests.faults.lvm_case import LvmCase, landed_as_recorded, meanwhile
 from tests.faults.rig import Pair
 from tests.faults.write_log import Entry, Flag, entries, replay
 
 pytestmark = pytest.mark.device_mapper
 
 POINTS = 9
-VERY_SLOWLY = 128 << 10
 LOG_BYTES = 2 << 30
 
 
@@ -88,20 +87,35 @@ class Replay:
             self.disk.detach()
 
 
-def state_after_power_loss(case: LvmCase, disk: Disk) -> tuple[int, bool]:
-    """Return how many pieces are recorded as arrived, all of which are proved to stand there, and whether the target is committed."""
+@dataclass(frozen=True)
+class State:
+    """What a power loss leaves: how many pieces are recorded as arrived, all of which are proved to stand there; whether the target is
+    committed, and, on classic snapshots, not merged yet."""
+
+    had: int
+    committed: bool
+    merges: bool
+
+
+def state_after_power_loss(case: LvmCase, disk: Disk) -> State:
+    """Return what there is, after proving that it is the base, and the target if that is committed."""
     tags = ",".join(disk.tags().values())
+    merges = "landfall/becoming/" in tags
     assert disk.digest(case.base) == case.digests[case.base], "the base is not what it was"
     committed = generation_tag(case.target) in tags
     if committed:
         assert disk.digest(case.target) == case.digests[case.target], "what is committed is not the target"
         folder = disk.state / "state" / "transfers" / str(case.transfer)
-        return (int(read_arrival(folder / "dmi", folder / "arrival").arrived.sum()) if (folder / "arrival").exists() else 0), True
-    return landed_as_recorded(case, disk), False
+        had = int(read_arrival(folder / "dmi", folder / "arrival").arrived.sum()) if (folder / "arrival").exists() else 0
+        return State(had, committed, merges)
+    return State(landed_as_recorded(case, disk), committed, merges)
 
 
-def power_lost_at_flushes(case: LvmCase, pair: Pair, folder: Path, points: int) -> list[tuple[int, bool]]:
-    """Send under a log of NAS 2's whole disk; return what is there after a power loss at each of so many flushes, in order."""
+def power_lost_at_flushes(case: LvmCase, pair: Pair, folder: Path, points: int) -> list[State]:
+    """Send under a log of NAS 2's whole disk; return what is there after a power loss at each of so many flushes, in order.
+
+    Where that is amid a merge, the agent is started on it too, which ends it.
+    """
     disk = case.disks[1]
     disk.detach()
     subprocess.run(["cp", "--reflink=always", disk.image.with_suffix(".origin"), disk.image], check=True)
@@ -110,30 +124,81 @@ def power_lost_at_flushes(case: LvmCase, pair: Pair, folder: Path, points: int) 
         disk.put(f"0 {disk.sectors} log-writes {disk.loop} {loop}")
         command("mount", f"/dev/mapper/{disk.name}-state", disk.state)
         pair.nas1.start()
-        pair.nas2.start()
-        case.send(pair, rate_limit_bytes_s=VERY_SLOWLY)
+        pair.nas2.start_armed("substrate.commit.before_rename=stop")
+        error = meanwhile(case, pair, pair.nas2, lambda: mark(disk.name))
+        assert error is None, error
         pair.nas1.kill()
         pair.nas2.kill()
-        dmsetup("message", disk.name, "0", "mark", "end")
+        mark(disk.name)
         disk.detach()
     logged = entries(log)
+    all_there = next(number for number, entry in enumerate(logged) if entry.flags & Flag.MARK)
     flushes = [number for number, entry in enumerate(logged) if entry.settles]
-    assert len(flushes) > points
+    landing, committing = ([at for at in flushes if (at < all_there) is before] for before in (True, False))
+    chosen = [*_spread(landing[len(landing) // 4 :], points * 2 // 3), *_spread(committing, points // 3)]
     replayed, seen = Replay(disk, log, logged, folder / "replayed"), []
-    for at in np.linspace(len(flushes) // 4, len(flushes) - 1, points, dtype=int).tolist():
-        with replayed.after(flushes[at]):
+    for at in chosen:
+        with replayed.after(at):
             seen.append(state_after_power_loss(case, disk))
+            if seen[-1].merges:
+                redone(case, pair)
     return seen
+
+
+def mark(device: str) -> None:
+    """Mark in the log of a device what has been written to it so far."""
+    dmsetup("message", device, "0", "mark", "so-far")
+
+
+def _spread(numbers: list[int], count: int) -> list[int]:
+    """Return so many of the numbers, evenly, the last one among them."""
+    return [numbers[at] for at in sorted({*np.linspace(0, len(numbers) - 1, count, dtype=int).tolist()})]
+
+
+def redone(case: LvmCase, pair: Pair) -> None:
+    """Start NAS 2, and assert that it has the target, with no merge left to do."""
+    disk = case.disks[1]
+    pair.nas2.start()
+    assert case.newest(pair.nas2) == case.target
+    pair.nas2.kill()
+    assert not disk.merging()
+    assert "landfall/becoming/" not in ",".join(disk.tags().values())
+    for generation in (case.base, case.target):
+        assert disk.digest(generation) == case.digests[generation]
 
 
 @pytest.mark.timeout(1200)
 def test_B4_B6_B7_E12_after_power_loss_at_a_flush_the_record_does_not_lead_the_data(
-    thin_case: LvmCase, thin_pair: Pair, tmp_path: Path
+    group_case: LvmCase, group_pair: Pair, tmp_path: Path
 ) -> None:
-    seen = power_lost_at_flushes(thin_case, thin_pair, tmp_path, POINTS)
-    assert [had for had, committed in seen if not committed] == sorted(had for had, committed in seen if not committed)
-    assert any(had and not committed for had, committed in seen), f"no power loss fell into the middle: {seen}"
-    assert seen[-1][1], "what was acknowledged is lost"
+    seen = power_lost_at_flushes(group_case, group_pair, tmp_path, POINTS)
+    before = [state.had for state in seen if not state.committed]
+    assert before == sorted(before)
+    assert any(before), f"no power loss fell into the middle: {seen}"
+    assert seen[-1].committed, "what was acknowledged is lost"
+    if group_case.substrate == "lvm-snapshot":
+        assert any(state.merges for state in seen), f"no power loss fell into the merge: {seen}"
+
+
+MERGE = ("substrate.merge.kept=kill", "substrate.merge.journalled=kill", "substrate.merge.merged=kill", "substrate.merge.after=kill:3")
+"""The last is also passed at the start of the agent, and when the landing volume is begun."""
+
+
+@pytest.mark.parametrize("point", MERGE)
+def test_B6_a_target_that_dies_while_it_merges_what_it_committed_ends_that_and_says_committed(
+    snapshot_case: LvmCase, snapshot_pair: Pair, point: str
+) -> None:
+    case, pair = snapshot_case, snapshot_pair
+    pair.nas1.start()
+    pair.nas2.start_armed(point)
+    with pytest.raises((LandfallError, OSError)):
+        case.send(pair)
+    pair.nas2.died_by(point)
+    for generation in (case.base, case.target):
+        assert case.disks[1].digest(generation) == case.digests[generation], "what is read before the restart"
+    redone(case, pair)
+    pair.nas2.start()
+    assert case.converge(pair).pieces_sent == 0
 
 
 @pytest.mark.timeout(1200)
@@ -156,7 +221,7 @@ def acknowledged_on_a_disk_of_its_own(case: LvmCase, pair: Pair, folder: Path) -
         with pytest.raises((LandfallError, OSError)):
             case.send(pair)
         pair.nas2.died_by("dst.before_ack=kill")
-        dmsetup("message", f"{disk.name}-group", "0", "mark", "acknowledged")
+        mark(f"{disk.name}-group")
         pair.nas1.kill()
         disk.detach()
     logged = entries(log)

@@ -25,7 +25,7 @@ from mgmt.failover import driver
 from mgmt.failover.account import Account
 from mgmt.failover.plan import Wish
 from mgmt.inventory import Inventory, read_inventory
-from mgmt.lab import lifecycle
+from mgmt.lab import lifecycle, processes
 from mgmt.lab.layout import Lab, NodeName
 from mgmt.lab.namespace import within
 
@@ -102,6 +102,17 @@ class Scene:
             return next(found for found in site.node(node).ask(m.ListVolumes()).volumes if found.name == self.name)
 
         return self.at_site(ask)
+
+    def lease_until_ns(self, node: NodeName) -> int:
+        """Return the end of a node's newest lease, by its clock since the boot; it stands where it was written when it is over, too."""
+        volume = self.at_site(lambda site: site.catalog.volume(self.name).id)
+        return int(json.loads((self._tenures(node) / f"{volume}.json").read_text())["lease_until_ns"])
+
+    def said_by_keeper(self, node: NodeName) -> str:
+        return (self._tenures(node) / "keeper.log").read_text()
+
+    def _tenures(self, node: NodeName) -> Path:
+        return Path(f"/proc/{processes.first_process(self.lab, node)}/root/run/landfall/tenure")
 
     def smbclient(self, command: str) -> bytes:
         """Return what a client says who runs a command at the volume's address."""

@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from agent.system.clock import monotonic_s
+from agent.contract import messages as m
+from agent.system.clock import boottime_ns, monotonic_s, wait_until
+from agent.system.run import run as start_program
+from mgmt import run
 from mgmt.failover.plan import FailoverKind, Wish
 from mgmt.lab import control, lifecycle
 from mgmt.lab.layout import Lab, NodeName
@@ -22,6 +25,8 @@ pytestmark = pytest.mark.nfs_server
 
 MGMT, NAS1, NAS2 = NodeName
 LIMIT_S = 180.0
+LEASE_S = 20.0
+HELD_S = 5.0
 UNTOUCHED = {f"old{index}": (index, 20_000) for index in range(6)}
 
 log = logging.getLogger(__name__)
@@ -75,6 +80,40 @@ def scene_of(lab: Lab, name: str, number: int) -> Scene:
     made.add()
     made.write(NAS1, UNTOUCHED)
     return made
+
+
+def exported(scene: Scene) -> bool:
+    """Ask what nas1's kernel and exportfs have."""
+    listed = start_program(lifecycle.inside(scene.lab, NAS1, ["cat", "/var/lib/nfs/etab"])).text
+    threads = start_program(lifecycle.inside(scene.lab, NAS1, ["cat", "/proc/fs/nfsd/threads"])).text
+    return f"/{scene.name}\t" in listed or int(threads) > 0
+
+
+def test_I4_a_lease_that_ends_takes_the_nfs_export_with_it_whatever_became_of_the_agent(lab: Lab, tmp_path: Path) -> None:
+    scene = scene_of(lab, "leased", 121)
+    agent = str(next(service.pid for service in control.services(lab, NAS1) if service.name == "agent"))
+    with client_of(scene, tmp_path) as client:
+        held = client.hold("held")
+        try:
+            assert held.ask("write 1") == "ok"
+            assert exported(scene)
+            scene.at_site(lambda site: site.node(NAS1).ask(m.RenewLease(site.catalog.volume("leased").id, 1, LEASE_S)))
+            start_program(lifecycle.inside(lab, NAS1, ["kill", "-STOP", agent]))
+            assert wait_until(lambda: not exported(scene), LIMIT_S, every_s=0.1)
+            given_up_ns = boottime_ns()
+            held_s = (scene.lease_until_ns(NAS1) - given_up_ns) / 1e9
+            log.info("not exported any more %.1f s before the lease ended", held_s)
+            assert held_s >= HELD_S, f"it was exported until {held_s:.1f} s before its lease ended"
+            held.tell("append 2")
+            assert held.answer(3.0) == "", "who hears nothing waits, and is not told that his file is gone"
+            start_program(lifecycle.inside(lab, NAS1, ["kill", "-CONT", agent]))
+            assert wait_until(lambda: not scene.facts(NAS1).serving, LIMIT_S, every_s=0.2)
+            scene.at_site(lambda site: run.serve(site, "leased"))
+            assert held.answer(LIMIT_S) == "ok"
+            assert scene.smb("held") == b"12"
+        finally:
+            start_program(lifecycle.inside(lab, NAS1, ["kill", "-CONT", agent]))
+            held.end()
 
 
 def test_I14_what_clients_hold_goes_on_at_the_other_node(lab: Lab, tmp_path: Path) -> None:

@@ -101,6 +101,14 @@ def test_clients_read_and_write_what_is_exported_and_root_is_nobody(nfs: Nfs, vo
             (client / "secret").read_bytes()
 
 
+def test_J10_nothing_listens_but_the_server(nfs: Nfs, volumes: Callable[[str], Volume]) -> None:
+    media = volumes("media")
+    nfs.open(media.share, media.id)
+    listed = run(["ss", "--no-header", "--listening", "--tcp", "--udp", "--numeric", "--processes"]).text
+    assert f":{serving.PORT} " in listed
+    assert "rpc.mountd" not in listed
+
+
 def test_J10_who_is_not_named_mounts_nothing(nfs: Nfs, volumes: Callable[[str], Volume], tmp_path: Path) -> None:
     media = volumes("media")
     Nfs(nfs.folder, ("127.0.0.0/8", "198.51.100.0/24", "2001:db8::/32")).open(media.share, media.id)

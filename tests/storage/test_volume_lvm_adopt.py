@@ -66,7 +66,7 @@ class Scene:
 
 @pytest.fixture(params=KINDS, ids=["thin", "snapshot"])
 def scene(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Scene]:
-    monkeypatch.setattr(mapper, "_GRACE_S", 0.3)
+    monkeypatch.setattr(mapper, "_GRACE_S", 1.0)
     with volume_group(tmp_path, size_bytes=512 << 20) as name:
         if request.param is LvmThinSubstrate:
             LvmThinSubstrate.initialise(name)

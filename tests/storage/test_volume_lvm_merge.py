@@ -50,11 +50,11 @@ def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture
 def substrate(group: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[LvmSnapshotSubstrate]:
-    monkeypatch.setattr(mapper, "_GRACE_S", 0.3)
+    monkeypatch.setattr(mapper, "_GRACE_S", 1.0)
     opened = LvmSnapshotSubstrate(group)
     yield opened
     opened.recover()
-    assert wait_until(lambda: not mapper._devices("LANDFALL-"), 2.0)
+    assert wait_until(lambda: not mapper._devices("LANDFALL-"), 30.0)
     for held in opened.volumes():
         opened.remove(held.id)
     assert lvm.volumes(opened.group) == ()

@@ -29,7 +29,7 @@ def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Refusals come soon: nobody else is waited for longer than a passing look takes."""
-    monkeypatch.setattr(mapper, "_GRACE_S", 0.3)
+    monkeypatch.setattr(mapper, "_GRACE_S", 1.0)
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def bench(group: str) -> Iterator[Bench]:
     yield Bench(lambda: LvmThinSubstrate(group), f"from agent.volume.lvm_thin import *; substrate = LvmThinSubstrate({group!r})")
     survivor = LvmThinSubstrate(group)
     survivor.recover()
-    assert wait_until(lambda: not mapper._devices("LANDFALL-"), 2.0)
+    assert wait_until(lambda: not mapper._devices("LANDFALL-"), 30.0)
     subprocess.run(["lvremove", "-ff", "-y", "-S", f"pool_lv_uuid={survivor.pool_volume.uuid}", group], check=True, capture_output=True)
 
 

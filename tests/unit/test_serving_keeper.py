@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -74,11 +75,15 @@ class AsSlow:
         return str(address) in self.held
 
     def remove(self, address: Interface) -> None:
-        self.held.discard(str(address))
-        self._noted(f"address {address.ip}")
+        if self.is_held(address):
+            self.held.discard(str(address))
+            self._noted(f"address {address.ip}")
 
     def shares(self) -> tuple[Share, ...]:
         return self.shared
+
+    def is_open(self, share: Share) -> bool:
+        return share in self.shared
 
     def stop(self, *, limit_s: float) -> None:
         if not self.shared:
@@ -176,3 +181,21 @@ def test_I4_a_lease_that_is_renewed_while_the_keeper_waits_ends_nothing(clock: C
     keeper._give_up(order, scene.machine(), tenures)
     assert not scene.at_s
     assert (scene.held, len(scene.shared), len(scene.mounted)) == ({"192.0.2.100/24"}, 1, 1)
+
+
+def test_I4_a_volume_that_a_local_program_keeps_busy_takes_no_other_share_away_again_and_again(clock: Clock, tmp_path: Path) -> None:
+    scene, tenures = AsSlow(clock, tmp_path, fails=False), Tenures(tmp_path)
+    for number, lease_s in enumerate((20.0, None)):
+        leased(scene, tenures, number, lease_s)
+    rounds = iter(range(3))
+
+    def stays_busy(mount_point: Path, *, limit_s: float) -> str:
+        if next(rounds, None) is None:
+            scene.mounted.discard(mount_point)
+        return "in use, shut down"
+
+    machine = dataclasses.replace(scene.machine(), make_unwritable=stays_busy)
+    with pytest.raises(DoneError):
+        keeper.keep(order_in(tmp_path), machine, leave)
+    assert next(rounds, None) is None
+    assert {"SMB", "the others"} <= scene.at_s.keys(), "once each: a second time is refused above"
