@@ -74,7 +74,7 @@ class Plan:
     create: tuple[int, ...]  # inodes that are made
     update: tuple[int, ...]  # inodes of this side that get the other's content and attributes
     keep: tuple[int, ...]
-    names: dict[int, tuple[Slot, ...]]  # every name, those aside not counted, of each inode that is created, updated or kept
+    names: dict[int, tuple[Slot, ...]]  # of each inode that is created, updated or kept the names to be verified
     move: tuple[Placement, ...]  # everything whose names change and that stays in the tree
     remove: tuple[Placement, ...]
     paths: dict[Folder, bytes]  # path on this side of directories that the DMI does not list
@@ -142,12 +142,18 @@ def _difference(
         tuple(create),
         tuple(update),
         tuple(keep),
-        {row: result[row].names for row in (*create, *update, *keep) if row in result},
+        {row: _to_verify(names, result[row].names, row, side) for row in (*create, *update, *keep) if row in result},
         tuple(placements[row] for row in there if placements[row].leave or placements[row].take or placements[row].aside),
         (*(placements[row] for row in removed), *(_placement(row, here[row], []) for row in sorted(gone))),
         names.unlisted(side),
         outcomes,
     )
+
+
+def _to_verify(names: _Names, found: tuple[Slot, ...], row: int, side: Side) -> tuple[Slot, ...]:
+    """Return the names at which a row must be found: those aside not counted. In a clone of the target a name that the base has, too, is
+    where both have it: nobody touches it, and looking for it would cost more than the rest."""
+    return found if side is Side.BASE or not names.target[row] else tuple(slot for slot in found if slot not in names.base[row])
 
 
 def _held_names() -> Iterator[bytes]:

@@ -162,7 +162,7 @@ class Landing:
             )
         healed = np.flatnonzero(self._writer.bits & _HEALED).astype(np.uint32)
         if len(healed):
-            bad = unequal_pieces(self._healed_device(), self._dmi, healed, self._dmi.diff_digest)
+            bad = unequal_pieces(self._healed_device(), self._dmi, healed, self._dmi.diff_digest, workers=1)
             if len(bad):
                 self._writer.distrust()
                 lost = ~(_DIFFERENTIAL | _HEALED)
@@ -223,7 +223,7 @@ class Landing:
         """Return which pieces' base here is what the DMI says; pieces whose differential data is known to be here are not read again."""
         equal: Mask = (self._state[rows] & (_DIFFERENTIAL | _HEALED)) == _DIFFERENTIAL
         ask = rows[~equal]
-        unequal = unequal_pieces(self._base, self._dmi, ask, self._dmi.diff_digest, all_holes=self._base_is_empty)
+        unequal = unequal_pieces(self._base, self._dmi, ask, self._dmi.diff_digest, all_holes=self._base_is_empty, workers=1)
         equal[~equal] = ~np.isin(ask, unequal)
         return equal
 
@@ -234,7 +234,7 @@ class Landing:
             return self._healed
 
 
-def unequal_pieces(device: Device, dmi: Dmi, rows: U32, wanted: Digests, *, all_holes: bool = False) -> U32:
+def unequal_pieces(device: Device, dmi: Dmi, rows: U32, wanted: Digests, *, all_holes: bool = False, workers: int = 4) -> U32:
     """Return which of ``rows`` have another digest on ``device``; read in portions of bounded size."""
     counts = dmi.block_count[rows].astype(np.int64)
     unequal: list[int] = []
@@ -246,7 +246,7 @@ def unequal_pieces(device: Device, dmi: Dmi, rows: U32, wanted: Digests, *, all_
         part = rows[at:stop]
         first, blocks = dmi.op_block[part], counts[at:stop].astype(np.uint64)
         holes = np.ones(len(part), dtype=np.bool_) if all_holes else None
-        digests = digest_runs(device, first, blocks, holes=holes, workers=1 if len(rows) < dmi.piece_total else 4)
+        digests = digest_runs(device, first, blocks, holes=holes, workers=workers)
         for row, digest in zip(part.tolist(), _fold(digests, blocks.astype(np.int64), first.tolist()), strict=True):
             if digest != wanted[row].tobytes():
                 unequal.append(row)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 
 from agent.contract.identity import BLOCK_BYTES, FilesystemKind
+from agent.recovery.salvage import Way
 from agent.volume.lvm_snapshot import LvmSnapshotSubstrate
 from agent.volume.lvm_thin import LvmThinSubstrate
 from agent.volume.reflink import ReflinkSubstrate
@@ -66,12 +69,17 @@ def change(root: Path) -> None:
     (root / "folder" / "f2").rename(root / "moved")
 
 
-def test_what_arrived_whole_is_salvaged_and_what_did_not_stays_as_it_was(scene: Scene) -> None:
+@pytest.mark.parametrize("way", list(Way))
+def test_what_arrived_whole_is_salvaged_and_what_did_not_stays_as_it_was(scene: Scene, way: Way, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING)
     scene.fill(fill)
     scene.change(change)
     built = scene.build_as_the_agent_does()
     lost = (b"new", b"folder/f3")
-    result, tree = scene.salvaged(scene.job(built, scene.land(built, [built.pieces(path)[-1] for path in lost])))
+    job = scene.job(built, scene.land(built, [built.pieces(path)[-1] for path in lost]))
+    result, tree = scene.salvaged(replace(job, way=way))
+    assert "rolling back failed" not in caplog.text
+    assert ("cannot clone a landing volume" in caplog.text) is (way is Way.BACK and not scene.substrate.branches)
     assert result.exceptions == ()
     assert b"new" not in tree.paths
     assert tree.node(b"folder/f3").content == built.base.node(b"folder/f3").content
