@@ -154,12 +154,12 @@ def _hold(options: Options, scenario: Scenario, out: Path | None) -> tuple[Optio
 
     stage = Stage(Console(stderr=True))
     if options.lab is LabKind.VM:
-        options, course = _on_machines(options, out, stage)
+        options, course = _on_machines(options, scenario, out, stage)
     else:
         from mgmt.drill.local import Drill
 
         course = Drill(options, scenario, stage).run()
-    course.shortfalls = judgement.shortfalls(course, scenario.expect)
+    course.shortfalls = judgement.shortfalls(course, scenario.expect, options.lab.patience)
     return options, course
 
 
@@ -224,13 +224,13 @@ def _list(as_json: bool) -> None:
         show([Sheet(("scenario", "labs", "what happens"), tuple((one.name, ", ".join(one.labs), one.says) for one in found))])
 
 
-def _on_machines(options: Options, out: Path | None, stage: Stage) -> tuple[Options, Course]:
+def _on_machines(options: Options, scenario: Scenario, out: Path | None, stage: Stage) -> tuple[Options, Course]:
     """Hold the drill in the VM lab that is up. Returns the options with the folder of this run, which is its own unless it was named."""
     from mgmt.drill.vm import host
     from mgmt.drill.vm.scenario import Drill
 
     host.go_inside()
     options = replace(options, folder=out or host.new_run())
-    drilled = Drill(options, stage, host.machines(), host.player(options.folder))
+    drilled = Drill(options, scenario, stage, host.machines(), host.player(options.folder))
     course = drilled.run()
     return drilled.options, course

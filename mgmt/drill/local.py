@@ -28,12 +28,13 @@ from mgmt.drill.course import Course
 from mgmt.drill.disks import frozen_on, within_node
 from mgmt.drill.evidence import Evidence, Findings
 from mgmt.drill.interruption import Interruption, Ordered
+from mgmt.drill.nodes import LabNodes
 from mgmt.drill.onlooker import Onlooker
 from mgmt.drill.options import MIB, Options
 from mgmt.drill.report import keep
 from mgmt.drill.scenario import Failover, Fault, Interrupt, Mend, Notified, Repair, Resume, Scenario, Step, Strike
 from mgmt.drill.stage import Stage, teller
-from mgmt.drill.strikes import Strikes
+from mgmt.drill.strikes import deal, repair
 from mgmt.failover.account import account
 from mgmt.failover.driver import DONE
 from mgmt.failover.journal import Journal
@@ -58,7 +59,7 @@ class Drill:
         self.options, self.scenario, self.stage, self.course = options, scenario, stage, Course()
         self.folder = options.folder.resolve()
         self.lab = Lab.at(self.folder / "lab")
-        self.strikes = Strikes(self.lab)
+        self.nodes = LabNodes(self.lab)
         self._stack = ExitStack()
         self._order: Interruption | None = None  # the newest
         self._lost_ns, self._lost_s = 0, 0.0  # when the newest fault happened, by both clocks
@@ -117,9 +118,9 @@ class Drill:
                     self._deal(fault)
             case Notified():
                 self._be_notified()
-            case Mend(repair):
-                with self.stage.step(f"repair: {repair}"):
-                    self._repair(repair)
+            case Mend(wanted):
+                with self.stage.step(f"repair: {wanted}"):
+                    self._repair(wanted)
             case Resume():
                 self._resume()
             case Failover():
@@ -150,7 +151,7 @@ class Drill:
         self.stage.say(f"  {what} of {order.expected_bytes / MIB:.1f} MiB on the wire")
 
     def _deal(self, fault: Fault) -> None:
-        self.strikes.deal(fault)
+        deal(self.nodes, fault)
         if fault is not Fault.MANAGEMENT_POWER_CUT:
             self._lost_ns = wall_ns()
             self._lost_s = monotonic_s()
@@ -160,9 +161,9 @@ class Drill:
             operations.wait_for_failure(site, NodeName.NAS2, self._interruption.transfer, DETECT_LIMIT_S)
         self.course.detect_s = monotonic_s() - self._lost_s
 
-    def _repair(self, repair: Repair) -> None:
-        self.strikes.repair(repair)
-        if repair is Repair.WAKE_SOURCE:
+    def _repair(self, wanted: Repair) -> None:
+        repair(self.nodes, wanted)
+        if wanted is Repair.WAKE_SOURCE:
             self._interruption.let_go()  # what it had under way now arrives, late
 
     def _resume(self) -> None:

@@ -18,6 +18,11 @@ class LabKind(StrEnum):
     LOCAL = "local"  # three network namespaces on this machine
     VM = "vm"  # three virtual machines on this machine
 
+    @property
+    def patience(self) -> float:
+        """How often as long a scenario may take there as it says: machines boot, and may be emulated."""
+        return 5.0 if self is LabKind.VM else 1.0
+
 
 @dataclass(frozen=True, slots=True)
 class Options:

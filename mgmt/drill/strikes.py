@@ -1,23 +1,50 @@
-"""The faults of a scenario, dealt to the local lab, and what puts them right again."""
+"""The faults of a scenario, dealt to a lab's nodes, and what puts them right again."""
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass
 from enum import Enum, auto
-from typing import Final
+from typing import Final, Protocol
 
-from agent.system.block import go_down
-from mgmt.drill.disks import within_node
 from mgmt.drill.scenario import Fault, Repair
-from mgmt.lab import control, lifecycle
-from mgmt.lab.layout import NODE_ROOT, Lab, NodeName
 
-MGMT, NAS1, NAS2 = NodeName
+MANAGEMENT: Final = "mgmt"
+SOURCE: Final = "nas1"
+RECEIVER: Final = "nas2"
+
+
+class Nodes(Protocol):
+    """What a lab can let happen to its nodes. Every verb returns once it has happened."""
+
+    def kill_agent(self, node: str) -> None:
+        """SIGKILL the node's agent, which stays away."""
+
+    def start_agent(self, node: str) -> None:
+        """Start it again; it can be spoken to."""
+
+    def cut_power(self, node: str) -> None:
+        """Switch the node off: nothing is flushed, nobody is told."""
+
+    def start(self, node: str) -> None:
+        """Switch it on; it can be spoken to."""
+
+    def pause(self, node: str) -> None:
+        """Let nothing of the node run, and no packet of it pass."""
+
+    def wake(self, node: str) -> None:
+        """Let it go on as if no time had passed."""
+
+    def fail_disk(self, node: str) -> None:
+        """Let every read and write where the node's volumes are end in an I/O error."""
+
+    def cut_link(self) -> None:
+        """Let no packet pass between nas1 and nas2; everybody else reaches both."""
+
+    def heal_link(self) -> None:
+        """Let them reach each other again."""
 
 
 class Wire(Enum):
-    """What becomes of the transfer's connections, which a proxy holds at the byte of the fault."""
+    """What becomes of the transfer's connections, where a proxy holds them at the byte of the fault."""
 
     RESET = auto()  # a process that dies closes its connections
     SILENT = auto()  # a machine or a link says no goodbye
@@ -36,57 +63,39 @@ WIRE: Final = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Strikes:
-    """Deals faults to one lab."""
+def deal(nodes: Nodes, fault: Fault) -> None:
+    """Return once it has happened."""
+    match fault:
+        case Fault.SOURCE_AGENT_KILLED:
+            nodes.kill_agent(SOURCE)
+        case Fault.SOURCE_POWER_CUT:
+            nodes.cut_power(SOURCE)
+        case Fault.SOURCE_PAUSED:
+            nodes.pause(SOURCE)
+        case Fault.SOURCE_DISK_FAILED:
+            nodes.fail_disk(SOURCE)
+        case Fault.LINK_CUT:
+            nodes.cut_link()
+        case Fault.RECEIVER_AGENT_KILLED:
+            nodes.kill_agent(RECEIVER)
+        case Fault.RECEIVER_POWER_CUT:
+            nodes.cut_power(RECEIVER)
+        case Fault.MANAGEMENT_POWER_CUT:
+            nodes.cut_power(MANAGEMENT)
 
-    lab: Lab
 
-    def deal(self, fault: Fault) -> None:
-        """Return once it has happened."""
-        match fault:
-            case Fault.SOURCE_AGENT_KILLED:
-                control.kill_service(self.lab, NAS1, "agent")
-            case Fault.SOURCE_POWER_CUT:
-                self._cut_power(NAS1)
-            case Fault.SOURCE_PAUSED:
-                lifecycle.pause(self.lab, NAS1)
-            case Fault.SOURCE_DISK_FAILED:
-                self._fail_disk(NAS1)
-            case Fault.LINK_CUT:
-                lifecycle.cut(self.lab, NAS1, NAS2)
-            case Fault.RECEIVER_AGENT_KILLED:
-                control.kill_service(self.lab, NAS2, "agent")
-            case Fault.RECEIVER_POWER_CUT:
-                self._fail_disk(NAS2)  # what it had not flushed is gone
-                self._cut_power(NAS2)
-            case Fault.MANAGEMENT_POWER_CUT:
-                self._cut_power(MGMT)
-
-    def repair(self, repair: Repair) -> None:
-        """Return once it is as before, and can be spoken to."""
-        match repair:
-            case Repair.START_SOURCE:
-                lifecycle.start_node(self.lab, NAS1)
-            case Repair.WAKE_SOURCE:
-                lifecycle.wake(self.lab, NAS1)
-            case Repair.HEAL_LINK:
-                lifecycle.heal(self.lab, NAS1, NAS2)
-            case Repair.START_RECEIVER_AGENT:
-                control.start_service(self.lab, NAS2, "agent")
-            case Repair.START_RECEIVER:
-                lifecycle.start_node(self.lab, NAS2)
-            case Repair.START_MANAGEMENT:
-                lifecycle.start_node(self.lab, MGMT)
-
-    def _cut_power(self, node: NodeName) -> None:
-        lifecycle.cut_off(self.lab, node)  # a machine without power does not say goodbye, as processes that are killed do
-        lifecycle.kill(self.lab, node)
-
-    def _fail_disk(self, node: NodeName) -> None:
-        """Let the filesystem of the node's pool end every read and write in an I/O error, without flushing, as when its disk is gone."""
-        pool = os.open(within_node(self.lab, node, NODE_ROOT / "pool"), os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            go_down(pool)
-        finally:
-            os.close(pool)
+def repair(nodes: Nodes, wanted: Repair) -> None:
+    """Return once it is as before, and can be spoken to."""
+    match wanted:
+        case Repair.START_SOURCE:
+            nodes.start(SOURCE)
+        case Repair.WAKE_SOURCE:
+            nodes.wake(SOURCE)
+        case Repair.HEAL_LINK:
+            nodes.heal_link()
+        case Repair.START_RECEIVER_AGENT:
+            nodes.start_agent(RECEIVER)
+        case Repair.START_RECEIVER:
+            nodes.start(RECEIVER)
+        case Repair.START_MANAGEMENT:
+            nodes.start(MANAGEMENT)

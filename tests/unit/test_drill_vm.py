@@ -14,8 +14,9 @@ import zstandard
 
 from agent.contract.errors import CommandFailed, DrillFailed, NoSuchGeneration
 from agent.contract.identity import GenerationId
+from mgmt.drill.vm import counting
 from mgmt.drill.vm import machines as real
-from mgmt.drill.vm.death import kill_at
+from mgmt.drill.vm.counting import await_bytes
 from mgmt.drill.vm.images import copy_generation, copy_served
 from mgmt.drill.vm.plays import Playing, Task
 
@@ -47,7 +48,6 @@ class Scripted:
     def __init__(self, answers: dict[str, str] | None = None, counts: Sequence[int] = ()) -> None:
         self.answers, self.counts = answers or {}, list(counts)
         self.asked: list[str] = []
-        self.killed: list[str] = []
         self.fails = ""
 
     def run(self, node: str, argv: Sequence[str], *, stdin: bytes = b"", timeout_s: float = 0.0) -> str:
@@ -62,9 +62,6 @@ class Scripted:
 
     def bytes_sent(self, node: str) -> int:
         return self.counts.pop(0)
-
-    def kill(self, node: str) -> None:
-        self.killed.append(node)
 
 
 class Transfer:
@@ -92,17 +89,21 @@ def report(*volumes: tuple[str, str, str]) -> str:
     return json.dumps({"report": [{"lv": rows}]})
 
 
-def test_it_dies_at_the_first_look_after_the_byte_and_bytes_from_before_do_not_count() -> None:
+def test_it_comes_at_the_first_look_after_the_byte_and_bytes_from_before_do_not_count() -> None:
     machines, seen = Scripted(counts=[1000, 1400, 1510, 9999]), []
-    death = kill_at(machines, "nas1", 500, 1000, Transfer(99), lambda done, total: seen.append(done))
-    assert (death.bytes_sent, machines.killed, seen) == (510, ["nas1"], [0, 400, 510])
+    assert await_bytes(machines, "nas1", 500, 1000, Transfer(99), lambda done, total: seen.append(done)) == 510
+    assert seen == [0, 400, 510]
 
 
-def test_a_transfer_that_ends_before_its_byte_kills_nobody() -> None:
-    machines = Scripted(counts=[0, 10, 20, 30])
-    with pytest.raises(DrillFailed, match="before nas1 was to die"):
-        kill_at(machines, "nas1", 500, 0, Transfer(2), lambda done, total: None)
-    assert machines.killed == []
+def test_a_transfer_that_ends_before_its_byte_is_said() -> None:
+    with pytest.raises(DrillFailed, match="ended after 20 of 500 bytes"):
+        await_bytes(Scripted(counts=[0, 10, 20, 30]), "nas1", 500, 0, Transfer(3), lambda done, total: None)
+
+
+def test_a_transfer_of_which_nothing_comes_any_more_has_ended_though_nobody_is_there_to_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(counting, "STILL_LIMIT_S", 0.05)
+    with pytest.raises(DrillFailed, match="ended after 20 of 500 bytes"):
+        await_bytes(Scripted(counts=[0, 10, *[20] * 10**6]), "nas1", 500, 0, None, lambda done, total: None)
 
 
 def test_a_generation_is_found_by_its_whole_identity_and_left_inactive(tmp_path: Path) -> None:

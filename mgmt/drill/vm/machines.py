@@ -12,14 +12,28 @@ from typing import Final, Protocol
 
 import zstandard
 
-from agent.contract.errors import CommandFailed
+from agent.contract.errors import CommandFailed, LandfallError
+from agent.system.clock import monotonic_s
 from agent.system.run import run, start
+from mgmt.drill.strikes import Nodes
 
 NETWORK: Final = "landfall-lab"
 DOMAIN_PREFIX: Final = "landfall-"
 COMMAND_LIMIT_S: Final = 300.0
 COPY_LIMIT_S: Final = 900.0
+BOOT_LIMIT_S: Final = 600.0
+AGENT: Final = "landfall-agent.service"
 _CHUNK: Final = 1 << 20
+_FAIL_DISK: Final = """
+volumes=$(dmsetup info --columns --noheadings --options name)
+[ -n "$volumes" ] || exec xfs_io -x -c shutdown /var/lib/landfall/pool
+for volume in $volumes; do dmsetup wipe_table --force --noflush --nolockfs "$volume"; done
+"""
+_CUT: Final = """table inet drill {
+  chain in { type filter hook input priority -300; ip saddr nas2 drop; }
+  chain out { type filter hook output priority -300; ip daddr nas2 drop; }
+}
+"""
 
 
 class Machines(Protocol):
@@ -34,8 +48,9 @@ class Machines(Protocol):
     def bytes_sent(self, node: str) -> int:
         """Return how many bytes have left the node towards the other nodes, counted outside it."""
 
-    def kill(self, node: str) -> None:
-        """Switch the node's power off: nothing is flushed, nobody is told."""
+
+class Struck(Machines, Nodes, Protocol):
+    """Machines that things happen to."""
 
 
 class LibvirtMachines:
@@ -73,9 +88,49 @@ class LibvirtMachines:
         words = run(["virsh", "--quiet", "domifstat", DOMAIN_PREFIX + node, self._interface(node)]).text.split()
         return int(words[words.index("tx_bytes") + 1])
 
-    def kill(self, node: str) -> None:
-        """See Machines."""
-        run(["virsh", "--quiet", "destroy", DOMAIN_PREFIX + node])
+    def kill_agent(self, node: str) -> None:
+        """See strikes.Nodes; systemd, which would start it again, is told not to."""
+        self.run(node, ["sh", "-c", f"systemctl kill --signal=KILL {AGENT}; systemctl stop {AGENT}"])
+
+    def start_agent(self, node: str) -> None:
+        """See strikes.Nodes."""
+        self.run(node, ["systemctl", "start", AGENT])
+
+    def cut_power(self, node: str) -> None:
+        """See strikes.Nodes."""
+        _virsh("destroy", node)
+
+    def start(self, node: str) -> None:
+        """See strikes.Nodes; CommandFailed if it does not come up in time."""
+        _virsh("start", node)
+        until = monotonic_s() + BOOT_LIMIT_S
+        while True:
+            try:
+                self.run(node, ["systemctl", "is-active", "--quiet", "multi-user.target"], timeout_s=30.0)
+                return
+            except LandfallError:
+                if monotonic_s() > until:
+                    raise
+
+    def pause(self, node: str) -> None:
+        """See strikes.Nodes."""
+        _virsh("suspend", node)
+
+    def wake(self, node: str) -> None:
+        """See strikes.Nodes."""
+        _virsh("resume", node)
+
+    def fail_disk(self, node: str) -> None:
+        """See strikes.Nodes: the group's logical volumes lead to errors from now on; without a group, the pool's filesystem goes down."""
+        self.run(node, ["sh", "-c", _FAIL_DISK])
+
+    def cut_link(self) -> None:
+        """See strikes.Nodes; nas1 drops what it gets from nas2, and what it would send there."""
+        self.run("nas1", ["nft", "-f", "-"], stdin=_CUT.encode())
+
+    def heal_link(self) -> None:
+        """See strikes.Nodes."""
+        self.run("nas1", ["nft", "delete", "table", "inet", "drill"])
 
     def _interface(self, node: str) -> str:
         if node not in self._interfaces:
@@ -87,7 +142,11 @@ class LibvirtMachines:
         return self._interfaces[node]
 
     def _ssh(self, node: str, command: str) -> list[str]:
-        return ["ssh", "-F", str(self._ssh_config), "-o", "BatchMode=yes", node, "sudo", "-n", "--", command]
+        return ["ssh", "-F", str(self._ssh_config), "-o", "BatchMode=yes", "-o", "ConnectTimeout=20", node, "sudo", "-n", "--", command]
+
+
+def _virsh(verb: str, node: str) -> None:
+    run(["virsh", "--quiet", verb, DOMAIN_PREFIX + node])
 
 
 def _unpack(packed: Path, to: Path) -> None:

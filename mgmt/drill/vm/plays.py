@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Event, Thread
@@ -33,11 +34,16 @@ class Task:
 Hear = Callable[[Task], None]
 
 
+def _new(folder: Path, name: str) -> str:
+    names = chain([name], (f"{name}-{number}" for number in count(2)))
+    return next(one for one in names if not (folder / one).exists())
+
+
 class Playing:
     """A playbook under way."""
 
     def __init__(self, playbook: Path, inventory: Path, folder: Path, *, tags: str, variables: Mapping[str, Any], hear: Hear) -> None:
-        """Begin; what Ansible prints and every event of it go to ``folder/artifacts/TAGS``."""
+        """Begin; what Ansible prints and every event of it go to ``folder/artifacts/TAGS``, and where that was played before, TAGS-2."""
         self._hear, self._folder, self._name = hear, folder, f"{playbook.name} ({tags})"
         self._failed: list[Task] = []
         self._cancelled = Event()
@@ -58,7 +64,7 @@ class Playing:
             playbook=str(playbook.resolve()),
             inventory=str(inventory.resolve()),
             tags=tags,
-            ident=tags,
+            ident=_new(folder / "artifacts", tags),
             extravars=dict(variables),
             envvars=environment,
             event_handler=self._on_event,
