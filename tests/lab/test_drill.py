@@ -102,7 +102,8 @@ def test_wrong_arguments_are_refused_before_anything_is_made(tmp_path: Path) -> 
     assert done.returncode == 20
     assert "source-killed" in done.stderr, "it says which there are"
     done = drill(tmp_path / "out", "--lab", "vm", "--scenario", "lost-sight")
-    assert done.returncode == 2
+    assert done.returncode == 49
+    assert "no VM lab is up" in done.stderr
     assert not (tmp_path / "out").exists()
 
 
