@@ -2,9 +2,10 @@
 # From nothing to the verified result: host packages, box, three virtual machines, provisioned twice (the second time nothing may change),
 # the drill with nas1 switched off in mid-transfer on each substrate and filesystem, the machines looked at after each, and all of it removed.
 #
-#   vm-drill.sh [--keep] [--at SHARE] [--seed N] [--only "SUBSTRATE/FS ..."]
+#   vm-drill.sh [--keep] [--at SHARE] [--seed N] [--only "SUBSTRATE/FS[/SCENARIO] ..."] [--scenarios SUBSTRATE/FS]
 #
-# --keep leaves the machines up at the end; --only holds these drills and no others (lvm-thin/ext4, for instance).
+# --keep leaves the machines up at the end; --only holds these drills and no others (lvm-thin/ext4, or lvm-thin/ext4/link-cut, for instance);
+# --scenarios holds every scenario of playbooks/scenarios on one substrate and filesystem; --at breaks transfers off there, not where a scenario says.
 # What each drill left is in build/vm/runs/TIME/DRILL, all that was said of drills and checks in build/vm/runs/TIME/console.log.
 # Exit status: 0 all drills clean; 2 this machine cannot or bad arguments; otherwise that of the step that failed, which is named with where its
 # words are. The machines are removed all the same, unless --keep.
@@ -15,20 +16,23 @@ begun=$SECONDS
 say() { printf 'landfall: [%3d:%02d] %s\n' $(((SECONDS - begun) / 60)) $(((SECONDS - begun) % 60)) "$*" | tee -a "$runs/console.log" >&2; }
 refuse() { printf 'landfall: %s\n' "$*" >&2; exit 2; }
 
-keep=no at=0.5 seed=1
+keep=no at=() seed=1
 drills="lvm-thin/ext4 lvm-thin/xfs lvm-snapshot/ext4 lvm-snapshot/xfs reflink/ext4"
 while [ $# -gt 0 ]; do
     case "$1" in
         --keep) keep=yes ;;
-        --at) at=${2-}; shift ;;
+        --at) at=(--at "${2-}"); shift ;;
         --seed) seed=${2-}; shift ;;
         --only) drills=${2-}; shift ;;
-        *) refuse "unknown argument $1; use --keep, --at SHARE, --seed N or --only \"SUBSTRATE/FS ...\"." ;;
+        --scenarios) drills=$(for found in playbooks/scenarios/*.yml; do printf '%s ' "${2-}/$(basename "$found" .yml)"; done); shift ;;
+        *) refuse "unknown argument $1; use --keep, --at SHARE, --seed N, --only \"SUBSTRATE/FS[/SCENARIO] ...\" or --scenarios SUBSTRATE/FS." ;;
     esac
     shift || refuse "an argument lacks its value."
 done
 for drill in $drills; do
-    [[ $drill =~ ^(lvm-thin|lvm-snapshot|reflink)/(ext4|xfs)$ ]] || refuse "'$drill' is no drill; lvm-thin, lvm-snapshot or reflink, a slash, ext4 or xfs."
+    [[ $drill =~ ^(lvm-thin|lvm-snapshot|reflink)/(ext4|xfs)(/[a-z-]+)?$ ]] ||
+        refuse "'$drill' is no drill; lvm-thin, lvm-snapshot or reflink, a slash, ext4 or xfs; after another slash a scenario, if it is not source-lost."
+    [[ $drill != */*/* || -e playbooks/scenarios/${drill##*/}.yml ]] || refuse "'$drill': playbooks/scenarios has no such scenario."
 done
 
 runs=build/vm/runs/$(date -u +%Y%m%d-%H%M%S)
@@ -80,17 +84,19 @@ bash packaging/wheelhouse.sh --python "$(inside ssh -F build/vm/ssh_config mgmt 
 # Machines that an earlier run kept go back to where they had not been provisioned yet.
 vagrant/lab restore fresh 2>/dev/null || vagrant/lab save fresh
 
-# The volume of a drill that has been looked at makes way for the next one's, which has the same address.
+# The volume of a drill that has been looked at makes way for the next one's, which has the same address. Where nothing was salvaged there is no
+# open transfer to discard (status 35).
 remove_volume() {
     local command
-    for command in "unserve $1 --node nas2" "discard $1 --yes" "volume remove $1 --yes"; do
+    for command in "unserve $1" "discard $1 --yes || [ \$? = 35 ]" "volume remove $1 --yes"; do
         inside ssh -F build/vm/ssh_config mgmt "sudo landfall $command"
     done
 }
 
 provisioned=none twice=no volume=
 for drill in $drills; do
-    substrate=${drill%/*} fs=${drill#*/} folder=$runs/${drill/\//-}
+    IFS=/ read -r substrate fs scenario <<<"$drill"
+    folder=$runs/${drill//\//-}
     mkdir -p "$folder"
     if [ "$substrate" = "$provisioned" ]; then
         say "the volume of the drill before is removed"
@@ -107,10 +113,11 @@ for drill in $drills; do
         fi
         provisioned=$substrate
     fi
-    say "drill: $drill, nas1 dies at $at of the bytes"
-    logged "$runs/console.log" env COLUMNS=120 "$python" -m mgmt.cli drill --lab vm --substrate "$substrate" --fs "$fs" --at "$at" --seed "$seed" --out "$folder"
-    say "nas1 is switched on again, and all three are looked at"
+    say "drill: $drill"
+    logged "$runs/console.log" env COLUMNS=120 "$python" -m mgmt.cli drill --lab vm --substrate "$substrate" --fs "$fs" \
+        --scenario "${scenario:-source-lost}" "${at[@]}" --seed "$seed" --out "$folder"
+    say "what has no power is switched on again, and all three are looked at"
     vagrant/lab up
     logged "$runs/console.log" inside env LANDFALL_VM_RUN="$folder" "$python" -m pytest -q --timeout 900 tests/vm
-    volume=$("$python" -c 'import json, sys; print(json.load(open(sys.argv[1]))["name"])' "$folder/served.json")
+    volume=$("$python" -c 'import json, sys; print(json.load(open(sys.argv[1]))["name"])' "$folder/added.json")
 done

@@ -37,11 +37,14 @@ def main(arguments: list[str]) -> int:
 
 
 def _run(lanes: list[Lane]) -> int:
-    """Return the exit status of lanes that have been started; a signal is passed on to all of them."""
+    """Return the exit status of lanes that have been started; Ctrl-C and SIGTERM stop all of them.
 
-    def pass_on(number: int, _: object) -> None:
+    A lane gets SIGINT either way: of SIGTERM pytest would die without taking down what tests have up.
+    """
+
+    def pass_on(*_: object) -> None:
         for lane in lanes:
-            lane.process.send_signal(number)
+            lane.process.send_signal(signal.SIGINT)
 
     signal.signal(signal.SIGINT, pass_on)
     signal.signal(signal.SIGTERM, pass_on)

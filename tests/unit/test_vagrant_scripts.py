@@ -138,7 +138,10 @@ def hold(checkout: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(argv, check=False, cwd=checkout, capture_output=True, text=True, timeout=120)
 
 
-@pytest.mark.parametrize("arguments", [["--wrong"], ["--at"], ["--only", "lvm-thin"], ["--only", "zfs/ext4"]])
+WRONG = (["--wrong"], ["--at"], ["--only", "lvm-thin"], ["--only", "zfs/ext4"], ["--only", "lvm-thin/ext4/flood"], ["--scenarios"])
+
+
+@pytest.mark.parametrize("arguments", WRONG)
 def test_a_drill_that_cannot_be_is_refused_before_anything_is_installed(drill: Path, arguments: list[str]) -> None:
     refused(hold(drill, *arguments), 2)
     assert not (drill / "build").exists()

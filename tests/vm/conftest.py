@@ -15,9 +15,10 @@ import pytest
 import testinfra
 from testinfra.host import Host
 
-from tests.vm.run import DIGESTS, ROOT, Listing, Run, Volume, listing, logical_volumes
+from tests.vm.run import DIGESTS, ROOT, Listing, Run, Volume, listing, logical_volumes, recovered
 
-collect_ignore_glob = [] if "LANDFALL_VM_RUN" in os.environ else ["test_*.py"]
+FOLDER = os.environ.get("LANDFALL_VM_RUN")
+collect_ignore_glob = ["test_*.py"] if FOLDER is None else ["test_resumed.py" if recovered(Path(FOLDER)) else "test_recovered.py"]
 
 SSH_CONFIG = ROOT / "build" / "vm" / "ssh_config"
 
@@ -25,7 +26,8 @@ SSH_CONFIG = ROOT / "build" / "vm" / "ssh_config"
 @pytest.fixture(scope="session")
 def run() -> Run:
     """What the drill left."""
-    return Run.read(Path(os.environ["LANDFALL_VM_RUN"]))
+    assert FOLDER is not None
+    return Run.read(Path(FOLDER))
 
 
 def machine(name: str) -> Host:
@@ -39,7 +41,7 @@ def mgmt() -> Host:
 
 @pytest.fixture(scope="session")
 def nas1() -> Host:
-    """The one that died, switched on again."""
+    """The source, switched on again if it had lost its power."""
     return machine("nas1")
 
 
@@ -55,16 +57,35 @@ def nas(request: pytest.FixtureRequest) -> Host:
 
 
 @pytest.fixture(scope="session")
-def served(nas2: Host, run: Run) -> Listing:
-    """Every file that nas2 serves, with attributes and digest, told by a program that is sent there."""
-    return listing(nas2.check_output("python3 -c %s %s", DIGESTS.read_text(), run.mount_point))
+def server(run: Run) -> Host:
+    """The one of the two that is to serve the volume in the end."""
+    return machine(run.server)
 
 
 @pytest.fixture(scope="session")
-def volumes1(nas1: Host) -> list[Volume]:
-    return logical_volumes(nas1)
+def standby(run: Run) -> Host:
+    """The other one, which may not."""
+    return machine("nas1" if run.server == "nas2" else "nas2")
 
 
 @pytest.fixture(scope="session")
-def volumes2(nas2: Host) -> list[Volume]:
-    return logical_volumes(nas2)
+def served(server: Host, run: Run) -> Listing:
+    """Every file that is served, with attributes and digest, told by a program that is sent there."""
+    return listing(server.check_output("python3 -c %s %s", DIGESTS.read_text(), run.mount_point))
+
+
+@pytest.fixture(scope="session")
+def volumes(nas1: Host, nas2: Host) -> dict[str, list[Volume]]:
+    """Per NAS its logical volumes."""
+    return {"nas1": logical_volumes(nas1), "nas2": logical_volumes(nas2)}
+
+
+@pytest.fixture(scope="session")
+def by_nfs(mgmt: Host, run: Run) -> Listing:
+    """Every file as the management node's kernel reads it, from where the volume is found."""
+    folder = mgmt.check_output("mktemp --directory")
+    mgmt.check_output("mount --types nfs4 --options ro,vers=4.2,soft,timeo=600 %s %s", f"{run.address}:{run.mount_point}", folder)
+    try:
+        return listing(mgmt.check_output("python3 -c %s %s", DIGESTS.read_text(), folder))
+    finally:
+        mgmt.check_output("umount %s && rmdir %s", folder, folder)

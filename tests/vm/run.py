@@ -21,49 +21,81 @@ def listing(document: str) -> Listing:
     return {"" if path == "." else path: told for path, told in found.items()}
 
 
+CONTENT = ("kind", "size", "sha256", "sha256_of_blocks", "target", "device")
+"""What a file that was kept at its base keeps of it; the rest may be the base's or the target's."""
+
+
+def content(told: dict[str, Any] | None) -> dict[str, Any]:
+    """Return of what was listed of a file what it holds."""
+    return {name: value for name, value in (told or {}).items() if name in CONTENT}
+
+
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A drill's own account and, per path, what the source's frozen generations held before the kill."""
+    """A drill's own account and, per path, what the source's frozen generations held before the fault."""
 
     report: dict[str, Any]
-    statement: dict[str, Any]
-    served: dict[str, Any]
+    added: dict[str, Any]  # the volume, as it was made
+    prepared: dict[str, Any]  # the last transfer that was broken off
     base: Listing
     target: Listing
+    statement: dict[str, Any]  # empty where nothing had to be recovered: the transfer was resumed
 
     @staticmethod
     def read(folder: Path) -> Run:
         """Return the drill in a folder."""
-        told = (json.loads((folder / f"{name}.json").read_text()) for name in ("report", "loss", "served"))
-        return Run(*told, *(listing((folder / f"{name}.json").read_text()) for name in ("base", "target")))
+        report, added, prepared = (json.loads((folder / f"{name}.json").read_text()) for name in ("report", "added", "prepared"))
+        base, target = (listing((folder / f"{name}.json").read_text()) for name in ("base", "target"))
+        return Run(report, added, prepared, base, target, json.loads((folder / "loss.json").read_text()) if recovered(folder) else {})
 
     @property
     def volume(self) -> str:
         """The volume's UUID."""
-        return str(self.statement["volume"])
+        return str(self.added["id"])
 
     @property
     def name(self) -> str:
-        return str(self.statement["volume_name"])
+        return str(self.added["name"])
 
     @property
     def mount_point(self) -> str:
-        return str(self.served["mount_point"])
+        """Where the node that serves it has it, nas1 before the fault or nas2 after it."""
+        return str(self.added["mount_point"])
 
     @property
     def address(self) -> str:
-        """Where clients find the volume."""
-        return str(self.served["address"]).partition("/")[0]
+        """Where clients find the volume, before and after."""
+        return str(self.added["address"]).partition("/")[0]
+
+    @property
+    def server(self) -> str:
+        """The node that is to serve in the end."""
+        return "nas2" if self.statement else "nas1"
+
+    @property
+    def epoch(self) -> int:
+        """The epoch in which it serves: a new one for a node that took over."""
+        return int(self.prepared["target"]["epoch"]) + bool(self.statement)
 
     @property
     def accounts(self) -> list[dict[str, Any]]:
         """What the loss statement says of each changed file."""
         return list(self.statement["accounts"])
 
-    def tag_of(self, generation: str) -> str:
-        """Return how the tag of ``base``, ``target`` or ``generation`` begins."""
-        found = self.statement[generation]
-        return f"landfall/generation/1/{self.volume}/{found['epoch']}/{found['counter']}/{found['nonce']}/"
+    @property
+    def newest(self) -> dict[str, dict[str, Any]]:
+        """Per node the generation that its newest one has to be; both have the base, too."""
+        sent = self.prepared["target"]
+        return {"nas1": sent, "nas2": self.statement["generation"] if self.statement else sent}
+
+    def tag_of(self, generation: dict[str, Any]) -> str:
+        """Return how the tag of a generation begins."""
+        return f"landfall/generation/1/{self.volume}/{generation['epoch']}/{generation['counter']}/{generation['nonce']}/"
+
+
+def recovered(folder: Path) -> bool:
+    """Whether the drill ended in a recovery, and not in a transfer that was resumed."""
+    return bool(json.loads((folder / "report.json").read_text())["verdict"] == "recovered")
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 from testinfra.host import Host
 
-from tests.vm.run import DIGESTS, Listing, Run, listing
-
-CONTENT = ("kind", "size", "sha256", "sha256_of_blocks", "target", "device")
-"""What a file that was kept at its base keeps of it; the rest may be the base's or the target's."""
-
-
-def content(told: dict[str, Any] | None) -> dict[str, Any]:
-    return {name: value for name, value in (told or {}).items() if name in CONTENT}
+from tests.vm.clients import by_smb, sample
+from tests.vm.run import Listing, Run, content
 
 
 def base_path(account: dict[str, Any]) -> str:
@@ -35,7 +30,7 @@ def test_the_drill_found_nothing_amiss(run: Run) -> None:
         "unlisted_blocks": 0,
     }
     assert abs(run.report["killed_at"] - run.report["at"]) < 0.1
-    assert run.report["lab"] == "vm"
+    assert (run.report["lab"], run.report["serves"], run.report["shortfalls"]) == ("vm", ["nas2"], [])
 
 
 def test_the_statement_names_every_changed_file_once_and_its_totals_are_right(run: Run) -> None:
@@ -89,33 +84,26 @@ def test_nothing_is_there_that_neither_generation_had(run: Run, served: Listing)
 
 def test_clients_of_smb_read_the_recovered_bytes(run: Run, mgmt: Host) -> None:
     """From the management node, another machine than the one that serves, and where they found the volume before."""
-    plain = [
-        path
-        for account in run.accounts
-        if account["outcome"] == "recovered" and account["kind"] == "regular"
-        for path in account["paths"]
-        if path.isascii() and path.replace("/", "").replace("-", "").replace(".", "").isalnum() and "sha256" in run.target[path]
-    ]
-    assert plain
-    for path in sorted(plain)[:: max(1, len(plain) // 8)]:
-        backslashes = path.replace("/", "\\")
-        read = mgmt.check_output("smbclient -N %s -c %s | sha256sum", f"//{run.address}/{run.name}", f'get "{backslashes}" -')
-        assert read.split()[0] == run.target[path]["sha256"], path
+    found = [path for account in run.accounts if account["outcome"] == "recovered" for path in account["paths"]]
+    for path in sample(run, found):
+        assert by_smb(mgmt, run, path) == run.target[path]["sha256"], path
 
 
-def test_clients_of_nfs_read_the_recovered_bytes(run: Run, mgmt: Host) -> None:
-    """Every recovered file, read by the management node's kernel from where the volume is found."""
-    folder = mgmt.check_output("mktemp --directory")
-    mgmt.check_output("mount --types nfs4 --options ro,vers=4.2,soft,timeo=600 %s %s", f"{run.address}:{run.mount_point}", folder)
-    try:
-        read = listing(mgmt.check_output("python3 -c %s %s", DIGESTS.read_text(), folder))
-    finally:
-        mgmt.check_output("umount %s && rmdir %s", folder, folder)
-    recovered = [path for account in run.accounts if account["outcome"] == "recovered" for path in account["paths"]]
-    assert recovered
-    assert {path: content(read.get(path)) for path in recovered} == {path: content(run.target[path]) for path in recovered}
+def test_clients_of_nfs_read_the_recovered_bytes(run: Run, by_nfs: Listing) -> None:
+    found = [path for account in run.accounts if account["outcome"] == "recovered" for path in account["paths"]]
+    assert found
+    assert {path: content(by_nfs.get(path)) for path in found} == {path: content(run.target[path]) for path in found}
 
 
 @pytest.mark.parametrize("word", ["dmi", "arrival"])
 def test_the_management_node_keeps_the_evidence(run: Run, mgmt: Host, word: str) -> None:
     assert mgmt.file(f"/var/lib/landfall/mgmt/transfers/{run.statement['transfer']}/{word}").size > 0
+
+
+def test_nobody_took_over_before_an_operator_had_said_that_nas1_cannot_write(mgmt: Host, run: Run) -> None:
+    (took,) = [found for found in json.loads(mgmt.check_output("landfall history %s --json", run.name)) if found["kind"] == "failover"]
+    facts = took["facts"]
+    assert (facts["source"], facts["target"], facts["epoch"]) == ("nas1", "nas2", run.epoch)
+    assert (facts["fence"], facts["split_brain"]) == ("manual", False)
+    assert facts["proof"]
+    assert facts["operator"].startswith("root@")
