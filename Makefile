@@ -19,7 +19,7 @@ simulation: venv
 
 schedules:
 	@bash packaging/setup.sh --test
-	unshare --mount --propagation private $(BIN)/python -m tests.lab.schedules --runs 50 $(ARGS)
+	unshare --mount --propagation private $(BIN)/python -m tests.drills.schedules --runs 50 $(ARGS)
 
 # Every test that needs device-mapper, in guests that have it: see tests/guest. ARGS selects, as in ARGS="-k E25".
 vm-test:

@@ -1,4 +1,4 @@
-"""``python -m tests [PYTEST ARGUMENTS]``: all tests, in two lanes side by side, since most of them wait for disks and for time limits.
+"""``python -m tests [PYTEST ARGUMENTS]``: all tests, in three lanes side by side, since most of them wait for disks and for time limits.
 
 Each lane is a pytest of its own in a mount namespace of its own: nothing else on the machine, the other lane included, can keep a test's
 filesystem busy, and whatever a killed test leaves goes with the lane. The exit status is 0 if every lane's is; a lane in which the
@@ -17,7 +17,11 @@ from pathlib import Path
 from typing import Final
 
 ROOT: Final = Path(__file__).parents[1]
-LANES: Final = {"storage": ("tests/unit", "tests/simulation", "tests/storage", "tests/faults"), "lab": ("tests/lab",)}
+LANES: Final = {
+    "storage": ("tests/unit", "tests/simulation", "tests/storage"),
+    "faults": ("tests/faults", "tests/drills"),
+    "lab": ("tests/lab",),
+}
 WIDTH: Final = max(map(len, LANES))
 NOTHING_SELECTED: Final = 5
 

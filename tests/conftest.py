@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis.database import DirectoryBasedExampleDatabase
 
 ROOT = Path(__file__).resolve().parent.parent
-NEEDS_ROOT = ("storage", "lab", "faults")
+NEEDS_ROOT = ("storage", "lab", "drills", "faults")
 DEVICE_MAPPER = Path("/sys/class/misc/device-mapper")
 IN_GUEST = "LANDFALL_IN_GUEST" in os.environ
 DESELECTED = pytest.StashKey[int]()

@@ -14,7 +14,7 @@ import pytest
 from agent.contract.errors import KernelLacks, NotOurs
 from mgmt.lab import control, lifecycle
 from mgmt.lab.layout import NAS_NODES, Lab, LabSubstrate, NodeName
-from tests.lab.test_drill import report
+from tests.drills.test_drill import report
 from tests.lab.test_lab_local import NOTHING, footprint, on, pool_identities
 
 needs_device_mapper = pytest.mark.device_mapper

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from mgmt.lab.layout import Lab
-from tests.lab.schedules import MGMT, lab_for_schedules, play
+from tests.drills.schedules import MGMT, lab_for_schedules, play
 from tests.simulation.schedule import schedule
 
 

@@ -1,6 +1,6 @@
 """Schedules of the simulation, for real: three nodes of a lab, a fifth of the time, and the same observer looking at what the kernel has.
 
-A lab has one management node, cuts links both ways only, and has one clock: what needs more is left out. ``python -m tests.lab.schedules
+A lab has one management node, cuts links both ways only, and has one clock: what needs more is left out. ``python -m tests.drills.schedules
 --runs 50`` plays fifty.
 """
 
@@ -372,7 +372,7 @@ class Stage:
 
 def main() -> int:
     """Return 1 if something was wrong."""
-    parser = argparse.ArgumentParser(prog="python -m tests.lab.schedules", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tests.drills.schedules", description=__doc__)
     parser.add_argument("--seed", type=int, default=1, help="the first schedule's")
     parser.add_argument("--runs", type=int, default=50, help="how many, each with the seed that follows")
     parser.add_argument("--verbose", action="store_true", help="print what happened in each")
