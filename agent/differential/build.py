@@ -60,6 +60,17 @@ class BuildRequest:
     state: Path
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Survey:
+    """Which inodes changed, whose the changed blocks are, and what all of them are called; ``base_names`` None: the base is g0."""
+
+    reader: FilesystemReader
+    changes: InodeChanges
+    pieces: Pieces
+    base_names: NameIndex | None
+    target_names: NameIndex
+
+
 def build(request: BuildRequest) -> Dmi:
     """Return the DMI of ``request``; it decodes as what it is encoded to.
 
@@ -70,25 +81,13 @@ def build(request: BuildRequest) -> Dmi:
     with ThreadPoolExecutor(1, thread_name_prefix="digests") as aside:
         # The changed blocks are read and digested while inodes, owners and names are found out: neither needs the other.
         digesting = aside.submit(_tables, request)
-        reader = reader_for(request.filesystem, request.base, request.target, request.changed)
-        changes = reader.changed_inodes()
-        known = None if request.base is None else names.load(index_path(request.state, request.base_id))
-        if known is not None:
-            reader.anticipate(known.with_those_above(changes.inode[changes.kind == FileKind.DIRECTORY]))
-        regular = (changes.kind == FileKind.REGULAR) & changes.in_target
-        extents = reader.extents(changes.inode[regular], changes.generation[regular])
-        owners = reader.ownership(changes, changes.inode[regular], extents)
-        of_files = owners.owner[owners.claim_run] == Owner.FILE
-        touched = np.setdiff1d(owners.claim_inode[~of_files], changes.inode)
-        base_names, target_names = _indexes(request, changes, known, touched=touched, root=reader.root_inode)
-        failpoint("differential.names_stored")
-        changes = _with_others(request, changes, owners.claim_inode, base=base_names, target=target_names, root=reader.root_inode)
-        pieces = pieces_of(request.changed, replace(owners, claim_run=owners.claim_run[of_files], claim_inode=owners.claim_inode[of_files]))
-        target = _side(request, request.target, reader, index=target_names, changes=changes, there=changes.in_target)
+        found = survey(request)
+        reader, changes, pieces = found.reader, found.changes, found.pieces
+        target = _side(request, request.target, reader, index=found.target_names, changes=changes, there=changes.in_target)
         base = None
-        if request.base is not None and base_names is not None:
+        if request.base is not None and found.base_names is not None:
             before = reader_for(request.filesystem, None, request.base, request.changed)
-            base = _side(request, request.base, before, index=base_names, changes=changes, there=changes.in_base)
+            base = _side(request, request.base, before, index=found.base_names, changes=changes, there=changes.in_base)
         rows = rows_of(changes, base, target, np.isin(changes.inode, pieces.claim_inode) & changes.in_target)
         base_table, table = digesting.result()
     failpoint("differential.table_stored")
@@ -98,6 +97,28 @@ def build(request: BuildRequest) -> Dmi:
         reader.root_inode, request.differential_volume,
     )  # fmt: skip
     return Dmi(head, **_piece_columns(pieces, base_table, table), **_file_columns(rows, pieces, target.extents, table))
+
+
+def survey(request: BuildRequest) -> Survey:
+    """Return the owners and names of all that changed, at a cost that follows the change; leaves the target's name index behind.
+
+    Errors: LayoutUnsupported, DeviceFailed.
+    """
+    reader = reader_for(request.filesystem, request.base, request.target, request.changed)
+    changes = reader.changed_inodes()
+    known = None if request.base is None else names.load(index_path(request.state, request.base_id))
+    if known is not None:
+        reader.anticipate(known.with_those_above(changes.inode[changes.kind == FileKind.DIRECTORY]))
+    regular = (changes.kind == FileKind.REGULAR) & changes.in_target
+    extents = reader.extents(changes.inode[regular], changes.generation[regular])
+    owners = reader.ownership(changes, changes.inode[regular], extents)
+    of_files = owners.owner[owners.claim_run] == Owner.FILE
+    touched = np.setdiff1d(owners.claim_inode[~of_files], changes.inode)
+    base_names, target_names = _indexes(request, changes, known, touched=touched, root=reader.root_inode)
+    failpoint("differential.names_stored")
+    changes = _with_others(request, changes, owners.claim_inode, base=base_names, target=target_names, root=reader.root_inode)
+    pieces = pieces_of(request.changed, replace(owners, claim_run=owners.claim_run[of_files], claim_inode=owners.claim_inode[of_files]))
+    return Survey(reader, changes, pieces, base_names, target_names)
 
 
 def reader_for(kind: FilesystemKind, base: View | None, target: View, changed: ChangedRuns) -> FilesystemReader:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from typing import Final
 
-BENCHES: Final = ("copy", "scattered", "determination", "transfer", "order", "foreground", "cycle", "recovery")
+BENCHES: Final = ("copy", "scattered", "determination", "transfer", "order", "freeze", "foreground", "owners", "cycle", "recovery")
 
 
 def main(arguments: list[str]) -> int:

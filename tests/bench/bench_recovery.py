@@ -11,29 +11,25 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
-from uuid import uuid4
 
 import numpy as np
 
 from agent.blockio.device import Device
 from agent.contract.arrival import COMPLETE, ArrivalRecord
 from agent.contract.dmi import Dmi, Owner
-from agent.contract.identity import BLOCK_BYTES, FilesystemKind, GenerationId, GenerationKind, next_generation
-from agent.contract.messages import Deletions, GenerationFacts, Progress, Role, UpdateInstruction
-from agent.differential.build import BuildRequest, build
-from agent.differential.reader import View
+from agent.contract.identity import BLOCK_BYTES, FilesystemKind
+from agent.contract.messages import Deletions, Progress, UpdateInstruction
+from agent.differential.build import build
 from agent.recovery.salvage import SalvageJob, Way, salvage, undo
-from agent.system.clock import monotonic_s, wall_ns
-from agent.volume import filesystem
-from agent.volume.reflink import ReflinkSubstrate
-from agent.volume.substrate import VolumeRecord, Workspace, WorkspaceKind
+from agent.system.clock import monotonic_s
+from agent.volume.substrate import Workspace, WorkspaceKind
 from tests.bench import workloads
 from tests.bench.harness import Figure, alternating, cold, keep, machine, medians, parsed, parser
+from tests.bench.two_generations import TwoGenerations
 from tests.storage.pools import pool_on
 
 GOAL: Final = 10.0
@@ -101,20 +97,14 @@ def measure(made: Broken, files: int, missing: float, rounds: int) -> Measured:
     )  # fmt: skip
 
 
-class Broken:
-    """A volume with two generations on a pool of its own, their DMI, and the landing volume of a transfer that broke off."""
+class Broken(TwoGenerations):
+    """The DMI of both generations, and the landing volume of a transfer that broke off."""
 
     def __init__(self, work: Path, pool: Path, kind: FilesystemKind, workload: workloads.Workload) -> None:
-        self.work, self.kind = work, kind
+        super().__init__(work, pool, kind, workload)
         self._to_undo: list[SalvageJob] = []
-        self.substrate = ReflinkSubstrate.initialise(pool / "pool")
-        self.volume = VolumeRecord(uuid4(), "bench", kind, workload.volume_bytes, 512, Role.PRIMARY, 1)
-        self.substrate.create(self.volume)
-        with self.substrate.operational(self.volume.id) as device:
-            filesystem.make(device, kind)
-        self.base = self._next(workload.fill)
-        self.target = self._next(lambda root: workload.change(root, 100))
-        self.dmi = self._built()
+        with self.request() as request:
+            self.dmi = Dmi.decode(b"".join(build(request).encode()))
 
     def landed(self, arrived: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> SalvageJob:
         """Make the landing volume with the pieces that arrived; return the job that salvages what is whole by them."""
@@ -154,43 +144,6 @@ class Broken:
             undo(self._to_undo.pop())
         os.sync()
         cold()
-
-    def _next(self, act: Callable[[Path], None]) -> GenerationId:
-        mount_point = self.work / "op"
-        mount_point.mkdir(exist_ok=True)
-        with self.substrate.operational(self.volume.id) as device:
-            filesystem.mount(device, mount_point, self.kind, read_only=False)
-            try:
-                act(mount_point)
-            finally:
-                filesystem.unmount(mount_point)
-        counter = self.substrate.generations(self.volume.id)[-1].id.counter
-        facts = GenerationFacts(next_generation(self.volume.id, 1, counter), GenerationKind.FROZEN, wall_ns())
-        self.substrate.take(self.volume.id, None, facts)
-        return facts.id
-
-    def _built(self) -> Dmi:
-        with ExitStack() as opened:
-            base, target = (opened.enter_context(self._view(generation)) for generation in (self.base, self.target))
-            request = BuildRequest(
-                uuid4(), self.base, self.target, 1, 2, self.volume.name, self.volume.size_bytes, 512, self.kind,
-                filesystem.mkfs_arguments(target.device, self.kind), self.substrate.differential_identity(self.base),
-                base, target, self.substrate.changed(self.base, self.target), self.work / "state",
-            )  # fmt: skip
-            return Dmi.decode(b"".join(build(request).encode()))
-
-    @contextmanager
-    def _view(self, generation: GenerationId) -> Iterator[View]:
-        where = self.work / generation.name
-        where.mkdir()
-        with self.substrate.reading(generation) as device:
-            filesystem.mount(device, where, self.kind, read_only=True)
-            fd = os.open(where, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                yield View(device, where, fd)
-            finally:
-                os.close(fd)
-                filesystem.unmount(where)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ class Figure:
     """One figure with what is wanted of it. ``more_is_better``: goal and ``gross`` are lower bounds, else upper ones.
 
     The goal is that of the full size on a quiet machine; what is beyond ``gross`` is a gross regression at any size on any machine, so
-    only ratios have one.
+    only ratios have one. ``why``: what stands in the way of the goal and what was tried, shown where it is missed.
     """
 
     name: str
@@ -47,6 +47,7 @@ class Figure:
     unit: str = "x"
     more_is_better: bool = True
     gross: float | None = None
+    why: str = ""
 
     def within(self, bound: float | None) -> bool:
         """Whether the value is on the right side of a bound; a figure without one is for reading."""

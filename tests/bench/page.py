@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import statistics
 import sys
 from collections.abc import Callable, Sequence
 from html import escape
@@ -15,7 +16,7 @@ from typing import Any, Final
 from tests.bench import plots
 from tests.bench.harness import parsed, parser
 
-_ORDER: Final = ("cycle", "recovery", "scattered", "copy", "order", "transfer", "foreground", "determination")
+_ORDER: Final = ("cycle", "owners", "freeze", "recovery", "scattered", "copy", "order", "transfer", "foreground", "determination")
 
 _STYLE: Final = """
 :root { color-scheme: light dark; --bg: #fbfaf8; --fg: #1d2226; --dim: #68717a; --line: #dcd9d3; --card: #fff;
@@ -82,6 +83,7 @@ def _row(bench: str, figure: dict[str, Any]) -> str:
     return (
         f'<tr><td>{escape(bench)}</td><td>{escape(figure["name"])}</td><td class="n">{figure["value"]:.3g} {escape(figure["unit"])}</td>'
         f'<td class="n">{escape(goal)}</td><td>{verdict}</td></tr>'
+        + (f'<tr><td></td><td colspan="4">{escape(figure["why"])}</td></tr>' if figure.get("why") and not figure["met"] else "")
     )
 
 
@@ -134,12 +136,30 @@ def _foreground(measured: dict[str, Any]) -> str:
     return plots.bars("Foreground reads and writes a second, alone and while a cycle runs.", measured["iops"], "/s")
 
 
+def _owners(measured: dict[str, Any]) -> str:
+    caption = (
+        f"{measured['files']:,} files on {measured['filesystem']}, {measured['pieces']:,} pieces. Seconds of each round, and their median."
+    )
+    return plots.bars(caption, measured["seconds"], "s")
+
+
+def _freeze(measured: dict[str, Any]) -> str:
+    points = measured["points"]
+    ways = {
+        way: ([point["extents"] for point in points], [statistics.median(point["frozen_ms"][way]) for point in points])
+        for way in points[0]["frozen_ms"]
+    }
+    return plots.lines(f"Milliseconds of the freeze (up) against extents of the image (right, of {points[-1]['extents']:,}).", ways)
+
+
 def _nothing(measured: dict[str, Any]) -> str:
     return ""
 
 
 _DRAWN: Final[dict[str, Callable[[dict[str, Any]], str]]] = {
     "cycle": _cycle,
+    "owners": _owners,
+    "freeze": _freeze,
     "order": _order_curves,
     "recovery": _recovery,
     "scattered": _scattered,

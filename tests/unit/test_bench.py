@@ -42,10 +42,13 @@ def test_only_the_short_form_fails_and_only_for_a_gross_regression(tmp_path: Pat
 
 def test_the_page_is_whole_and_needs_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     asked = argparse.Namespace(folder=tmp_path, short=False)
-    keep(asked, "scattered", Nothing({"<ours>": [1.0, 2.0], "theirs": [3.0]}), [Figure("a & b", 0.45, 0.9)], machine())
+    figures = [Figure("a & b", 0.45, 0.9, why="too few cores"), Figure("c", 1.0, 0.9, why="met, so nobody asks")]
+    keep(asked, "scattered", Nothing({"<ours>": [1.0, 2.0], "theirs": [3.0]}), figures, machine())
     assert page.main(["--folder", str(tmp_path)]) == 0
     text = (tmp_path / "index.html").read_text()
     assert "missed by 50%" in text
+    assert "too few cores" in text
+    assert "nobody asks" not in text
     assert "a &amp; b" in text
     assert "http" not in text.replace("http-equiv", "")
     ElementTree.fromstring(text[text.index("<svg") : text.rindex("</svg>") + 6])
