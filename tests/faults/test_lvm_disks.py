@@ -174,10 +174,10 @@ def test_E16_a_disk_that_vanishes_is_an_error_and_no_file_takes_its_place(group_
 def test_E19_a_landing_volume_that_somebody_has_opened_is_not_written(group_case: LvmCase, group_pair: Pair) -> None:
     disk, pair = group_case.disks[1], group_pair
     pair.nas1.start()
-    pair.nas2.start_armed("dst.before_datasync=kill:2")
+    pair.nas2.start_armed("dst.after_record=kill")
     with pytest.raises((OSError, LandfallError)):
         group_case.send(pair, rate_limit_bytes_s=VERY_SLOWLY)
-    pair.nas2.died_by("dst.before_datasync=kill:2")
+    pair.nas2.died_by("dst.after_record=kill")
     pair.nas2.start()
     had = group_case.arrived(pair)
     assert had > 0
