@@ -40,7 +40,7 @@ DISK_BYTES = 12 << 30
 GROUPS = {"storage": ("tests/storage",), "lab": ("tests/lab", "tests/faults")}
 """What is tested side by side, each in a guest of its own."""
 MARKERS = ("device_mapper", "nfs_server", "netem")
-TEST_LIMIT_S = 3600.0
+TEST_LIMIT_S = 5400.0
 NOTHING_SELECTED = 5  # pytest's status for it
 _SHARED_MEMORY = Path("/dev/shm")
 
