@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from testinfra.host import Host
 
-from tests.vm.run import Run
+from tests.vm.run import ADDRESS, Run
 
 SAMPLE = 8
 
@@ -20,7 +20,7 @@ def shares(client: Host, address: str) -> list[str]:
 def by_smb(client: Host, run: Run, path: str) -> str:
     """Return the sha256 of a file that is read at the volume's address."""
     backslashes = path.replace("/", "\\")
-    read = client.check_output("smbclient -N %s -c %s | sha256sum", f"//{run.address}/{run.name}", f'get "{backslashes}" -')
+    read = client.check_output("smbclient -N %s -c %s | sha256sum", f"//{ADDRESS}/{run.name}", f'get "{backslashes}" -')
     return str(read.split()[0])
 
 

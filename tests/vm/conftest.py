@@ -15,7 +15,7 @@ import pytest
 import testinfra
 from testinfra.host import Host
 
-from tests.vm.run import DIGESTS, ROOT, Listing, Run, Volume, listing, logical_volumes, recovered
+from tests.vm.run import ADDRESS, DIGESTS, ROOT, Listing, Run, Volume, listing, logical_volumes, recovered
 
 FOLDER = os.environ.get("LANDFALL_VM_RUN")
 collect_ignore_glob = ["test_*.py"] if FOLDER is None else ["test_resumed.py" if recovered(Path(FOLDER)) else "test_recovered.py"]
@@ -84,7 +84,7 @@ def volumes(nas1: Host, nas2: Host) -> dict[str, list[Volume]]:
 def by_nfs(mgmt: Host, run: Run) -> Listing:
     """Every file as the management node's kernel reads it, from where the volume is found."""
     folder = mgmt.check_output("mktemp --directory")
-    mgmt.check_output("mount --types nfs4 --options ro,vers=4.2,soft,timeo=600 %s %s", f"{run.address}:{run.mount_point}", folder)
+    mgmt.check_output("mount --types nfs4 --options ro,vers=4.2,soft,timeo=600 %s %s", f"{ADDRESS}:{run.mount_point}", folder)
     try:
         return listing(mgmt.check_output("python3 -c %s %s", DIGESTS.read_text(), folder))
     finally:

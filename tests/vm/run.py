@@ -12,6 +12,9 @@ from testinfra.host import Host
 ROOT = Path(__file__).resolve().parents[2]
 DIGESTS = ROOT / "mgmt" / "drill" / "checker" / "digests.py"
 """A program for any Python that prints what lies below a folder."""
+ADDRESS = "10.78.0.100"
+"""Where clients find the drill's volume, before and after."""
+OWN_ADDRESSES = {"mgmt": "10.78.0.10", "nas1": "10.78.0.11", "nas2": "10.78.0.12"}
 Listing = dict[str, dict[str, Any]]
 
 
@@ -61,11 +64,6 @@ class Run:
     def mount_point(self) -> str:
         """Where the node that serves it has it, nas1 before the fault or nas2 after it."""
         return str(self.added["mount_point"])
-
-    @property
-    def address(self) -> str:
-        """Where clients find the volume, before and after."""
-        return str(self.added["address"]).partition("/")[0]
 
     @property
     def server(self) -> str:

@@ -9,7 +9,7 @@ import pytest
 from testinfra.host import Host
 
 from tests.vm.clients import shares
-from tests.vm.run import Run, Volume
+from tests.vm.run import ADDRESS, OWN_ADDRESSES, Run, Volume
 
 MAX_EXPOSURE = 6.5
 """Of 10, by systemd-analyze: the agent mounts and makes devices, so some of what would lower it is not to be had (its unit says why)."""
@@ -29,8 +29,6 @@ DIRECTIVES = {
 NEVER = {"cap_sys_module", "cap_sys_ptrace", "cap_sys_boot", "cap_sys_rawio", "cap_sys_time"}
 SERVED_PORTS = {22, 445, 2049}
 """SSH, SMB and NFS: all that a NAS may listen on while no transfer runs."""
-
-OWN_ADDRESSES = {"mgmt": "10.78.0.10", "nas1": "10.78.0.11", "nas2": "10.78.0.12"}
 
 
 def properties(host: Host, unit: str, *names: str) -> dict[str, str]:
@@ -171,11 +169,11 @@ def test_nothing_of_the_volume_is_mounted_twice(run: Run, server: Host) -> None:
 def test_the_volume_is_a_share_of_who_serves_and_of_nobody_else(run: Run, mgmt: Host) -> None:
     for node in ("nas1", "nas2"):
         assert (run.name in shares(mgmt, OWN_ADDRESSES[node])) == (node == run.server)
-    assert run.name in shares(mgmt, run.address)
+    assert run.name in shares(mgmt, ADDRESS)
 
 
 def test_every_machine_has_its_own_address_and_who_serves_the_volumes_as_well(run: Run, mgmt: Host, server: Host, standby: Host) -> None:
-    for host, more in ((mgmt, []), (standby, []), (server, [run.address])):
+    for host, more in ((mgmt, []), (standby, []), (server, [ADDRESS])):
         addresses = json.loads(host.check_output("ip -json -4 address show to 10.78.0.0/24"))
         own = OWN_ADDRESSES[host.backend.get_hostname()]
         assert [entry["local"] for link in addresses for entry in link.get("addr_info", [])] == [own, *more]
